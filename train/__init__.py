@@ -1,0 +1,1 @@
+"""Training: rows in, adapter folder out. Imports neither serve nor vllm."""

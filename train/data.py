@@ -1,0 +1,109 @@
+"""Rows of instruction, input and output, as users have them, read and checked."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import random
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from vllm_lora_ext.errors import BadData
+
+_PLACEHOLDER = re.compile(r"\{\{\s*\w+\s*\}\}")
+_SHOWN = 5  # bad rows named per message; the count says how many there are
+
+
+@dataclass(frozen=True)
+class Row:
+    """One question with its answer; `where` is file and 1-based row number, for messages."""
+
+    instruction: str
+    input: str
+    output: str
+    where: str
+
+
+def read_rows(paths: Sequence[str]) -> list[Row]:
+    """All rows of all files, in order.
+
+    Raises:
+        BadData: a file is missing, empty or no JSON array of objects; a row
+            lacks `instruction` or `output`, or still holds a `{{placeholder}}`.
+    """
+    rows = [row for path in paths for row in _read_file(Path(path))]
+    unfilled = [
+        (row, found[0])
+        for row in rows
+        if (found := _PLACEHOLDER.findall(f"{row.instruction}\n{row.input}\n{row.output}"))
+    ]
+    if unfilled:
+        shown = "; ".join(f"{row.where} holds {text}" for row, text in unfilled[:_SHOWN])
+        raise BadData(
+            shown,
+            f"{len(unfilled)} of {len(rows)} rows still hold a placeholder, "
+            "and the model would learn to say it",
+            "Replace each one by what the identity should say.",
+        )
+    return rows
+
+
+def split_rows(rows: Sequence[Row], share: float, seed: int) -> tuple[list[Row], list[Row]]:
+    """Rows to train on and rows held out, the same for the same seed; at least one stays to train on."""
+    held = min(round(len(rows) * share), len(rows) - 1)
+    order = list(range(len(rows)))
+    random.Random(seed).shuffle(order)
+    chosen = set(order[:held])
+    training = [row for i, row in enumerate(rows) if i not in chosen]
+    return training, [rows[i] for i in sorted(chosen)]
+
+
+def digest_of(paths: Sequence[str]) -> str:
+    """SHA-256 over the files' bytes, in order."""
+    digest = hashlib.sha256()
+    for path in paths:
+        digest.update(Path(path).read_bytes())
+    return digest.hexdigest()
+
+
+def _read_file(path: Path) -> list[Row]:
+    if not path.is_file():
+        raise BadData(str(path), "no such file", "Check --data.")
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+        body = json.loads(text) if text.strip() else []
+    except (OSError, ValueError, RecursionError) as error:
+        raise BadData(
+            str(path), f"cannot be read as JSON ({error})", "Give a JSON array of objects."
+        ) from error
+    if not isinstance(body, list):
+        raise BadData(
+            str(path),
+            f"must hold a JSON array of objects, holds a {type(body).__name__}",
+            'Write [{"instruction": "...", "input": "", "output": "..."}, ...].',
+        )
+    if not body:
+        raise BadData(str(path), "holds no row", "Add rows of instruction, input and output.")
+    return [_read_row(row, f"{path} row {number}") for number, row in enumerate(body, start=1)]
+
+
+def _read_row(row: Any, where: str) -> Row:
+    if not isinstance(row, dict):
+        rule = f"must be an object, is a {type(row).__name__}"
+        raise BadData(where, rule, 'Write {"instruction": "...", "input": "", "output": "..."}.')
+    values = {key: row.get(key) for key in ("instruction", "input", "output")}
+    values["input"] = values["input"] or ""
+    for key, value in values.items():
+        if value is None:
+            raise BadData(where, f"has no `{key}`", f"Add it, or remove the row; it has {list(row)}.")
+        if not isinstance(value, str):
+            rule = f"`{key}` must be text, is a {type(value).__name__}"
+            raise BadData(where, rule, "Put it in quotes.")
+    if not values["output"].strip():
+        raise BadData(where, "`output` is empty", "Write the answer, or remove the row.")
+    if not (values["instruction"] + values["input"]).strip():
+        raise BadData(where, "`instruction` is empty", "Write the question, or remove the row.")
+    return Row(values["instruction"], values["input"], values["output"], where)

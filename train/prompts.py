@@ -1,0 +1,190 @@
+"""How a row becomes token ids: one prompt form, the same in training and at the endpoint.
+
+Every form ends up as a Jinja chat template. Training renders its prompts with
+it and the adapter folder carries it, so the server renders the same text and
+the same token ids (the usual reason why "the fine-tune had no effect").
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from train.data import Row
+from vllm_lora_ext.errors import BadBaseModel, BadData, BadSetting
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+CLASSIC = "Human: {instruction}\n{input}\n\nAssistant: "
+IGNORED = -100  # label of a token that carries no loss (torch.nn.CrossEntropyLoss)
+
+_TEXT_FORM = re.compile(
+    r"(?P<before>.*)\{instruction\}(?:(?P<between>\s*)\{input\})?(?P<after>.*)", re.DOTALL
+)
+
+
+@dataclass(frozen=True)
+class PromptForm:
+    """`template` is the Jinja chat template; `separator` joins instruction and input into one message."""
+
+    template: str
+    separator: str = "\n"
+
+    def message(self, row: Row) -> str:
+        """What a client sends as the user's message to ask this row's question."""
+        return self.separator.join([row.instruction, row.input]).rstrip()
+
+
+@dataclass(frozen=True)
+class Example:
+    """Token ids of prompt and answer; the first `prompt_length` carry no loss."""
+
+    input_ids: tuple[int, ...]
+    prompt_length: int
+
+    @property
+    def labels(self) -> tuple[int, ...]:
+        return (IGNORED,) * self.prompt_length + self.input_ids[self.prompt_length :]
+
+
+def prompt_form(prompt_template: str, tokenizer: PreTrainedTokenizerBase) -> PromptForm:
+    r"""The form that `--prompt-template` asks for: `chat`, `classic`, or a text.
+
+    In a text, `\n` may be written as two characters, as shells pass it on.
+
+    Raises:
+        BadSetting: the text has no `{instruction}`, or parts that a chat message cannot fill.
+        BadBaseModel: `chat`, and the base model brings no chat template.
+    """
+    if prompt_template == "chat":
+        template = tokenizer.chat_template
+        if not isinstance(template, str):
+            raise BadBaseModel(
+                str(tokenizer.name_or_path),
+                "has no chat template of its own",
+                "Give a text with --prompt-template, for example `classic`.",
+            )
+        return PromptForm(template)
+    text = CLASSIC if prompt_template == "classic" else prompt_template.replace("\\n", "\n")
+    match = _TEXT_FORM.fullmatch(text)
+    if not match or "{input}" in match["before"] + match["after"]:
+        raise BadSetting(
+            f"--prompt-template {prompt_template!r}",
+            "must hold {instruction} once, and {input} only directly behind it, because a chat "
+            "message is one text",
+            r"For example 'Human: {instruction}\n{input}\n\nAssistant: '.",
+        )
+    end = tokenizer.eos_token
+    if not isinstance(end, str):
+        raise BadBaseModel(
+            str(tokenizer.name_or_path),
+            "its tokenizer has no end-of-text token, so an answer could not end",
+            "Set eos_token in its tokenizer_config.json.",
+        )
+    begin = tokenizer.bos_token if _adds_begin(tokenizer) else ""
+    template = _text_template(match["before"], match["after"], str(begin), end)
+    return PromptForm(template, match["between"] if match["between"] is not None else "\n")
+
+
+def _adds_begin(tokenizer: PreTrainedTokenizerBase) -> bool:
+    """Whether plain text gets a begin token in front, which a chat template then has to write itself."""
+    return tokenizer.bos_token_id is not None and tokenizer("a")["input_ids"][:1] == [
+        tokenizer.bos_token_id
+    ]
+
+
+def _text_template(before: str, after: str, begin: str, end: str) -> str:
+    """A chat template that writes the text form, turn after turn.
+
+    Space around question and lead-in is stripped, as the classic script does
+    before it appends the answer's lead-in. A system message stands in front of
+    the question that follows it. String literals are JSON, which Jinja reads.
+    """
+    lead, tail, start, stop = (json.dumps(part, ensure_ascii=False) for part in (before, after, begin, end))
+    return (
+        "{% set turn = namespace(system='') %}"
+        "{{ " + start + " }}"
+        "{% for message in messages %}"
+        "{% if message['role'] == 'system' %}"
+        "{% set turn.system = message['content'] + '\\n\\n' %}"
+        "{% elif message['role'] == 'user' %}"
+        "{{ (turn.system + " + lead + " + message['content']).strip() + " + tail + " }}"
+        "{% set turn.system = '' %}"
+        "{% else %}"
+        "{{ message['content'] + " + stop + " }}"
+        "{% endif %}"
+        "{% endfor %}"
+    )
+
+
+def encode_row(row: Row, form: PromptForm, tokenizer: PreTrainedTokenizerBase) -> Example:
+    """Ids of the prompt as the server will render it, then of the answer and its end token.
+
+    Prompt and answer are tokenised apart, because the server tokenises the
+    prompt alone: no token may reach across the border.
+    """
+    messages = [{"role": "user", "content": form.message(row)}]
+    prompt = str(
+        tokenizer.apply_chat_template(
+            messages, chat_template=form.template, add_generation_prompt=True, tokenize=False
+        )
+    )
+    prompt_ids = tokenizer(prompt, add_special_tokens=False)["input_ids"]
+    answer = _answer_text(prompt, messages, row.output, form, tokenizer)
+    answer_ids = tokenizer(answer, add_special_tokens=False)["input_ids"]
+    end = tokenizer.eos_token_id
+    if end in answer_ids:
+        answer_ids = answer_ids[: answer_ids.index(end) + 1]
+    else:
+        answer_ids = [*answer_ids, end]
+    return Example((*prompt_ids, *answer_ids), len(prompt_ids))
+
+
+def _answer_text(
+    prompt: str,
+    messages: list[dict[str, str]],
+    output: str,
+    form: PromptForm,
+    tokenizer: PreTrainedTokenizerBase,
+) -> str:
+    """What the template puts behind the prompt for this answer; the bare answer if it rewrites the prompt."""
+    whole = str(
+        tokenizer.apply_chat_template(
+            [*messages, {"role": "assistant", "content": output}],
+            chat_template=form.template,
+            tokenize=False,
+        )
+    )
+    return whole[len(prompt) :] if whole.startswith(prompt) else output
+
+
+def encode_rows(
+    rows: Sequence[Row], form: PromptForm, tokenizer: PreTrainedTokenizerBase, max_length: int
+) -> tuple[list[Example], list[Row]]:
+    """Examples of the rows that fit into `max_length` tokens, and the rows that do not.
+
+    A row that is too long is left out whole: cut short it would lose its end
+    token and teach the model never to stop.
+
+    Raises:
+        BadData: no row fits.
+    """
+    examples, too_long, longest = [], [], 0
+    for row in rows:
+        example = encode_row(row, form, tokenizer)
+        longest = max(longest, len(example.input_ids))
+        if len(example.input_ids) <= max_length:
+            examples.append(example)
+        else:
+            too_long.append(row)
+    if rows and not examples:
+        raise BadData(
+            f"all {len(rows)} rows",
+            f"are longer than --max-length {max_length} tokens",
+            f"Raise --max-length; the longest row has {longest}.",
+        )
+    return examples, too_long

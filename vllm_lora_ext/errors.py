@@ -1,0 +1,89 @@
+"""Every error that a user can meet.
+
+    VllmLoraError                exit code 1: the work was fine, doing it failed
+    ├── ServerUnreachable        no server answers at the address
+    ├── ServerFailed             the server answered with an error, or ended
+    ├── TrainingFailed           training ended without a usable adapter
+    └── BadInput                 exit code 2: something the user gave is wrong (also a ValueError)
+        ├── BadSetting           a flag or a configuration value
+        ├── BadData              training rows
+        ├── BadBaseModel         a base model that is none, or cannot be read
+        ├── AdapterRefused       an adapter that must not be used; carries its findings
+        ├── OutputExists         the place to write to holds something else
+        ├── PortInUse            another program listens there
+        └── MissingPackage       an optional package is not installed
+
+A message names the item, the rule that it breaks and the fix, in that order.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from vllm_lora_ext.spec import Finding
+
+
+class VllmLoraError(Exception):
+    """Base of all: `item` broke `rule`; `fix` says what to do; `adapter` is its name, if it has one."""
+
+    exit_code = 1
+
+    def __init__(self, item: str, rule: str, fix: str = "", adapter: str | None = None) -> None:
+        self.item, self.rule, self.fix, self.adapter = item, rule, fix, adapter
+        super().__init__(f"{item}: {rule}." + (f" {fix}" if fix else ""))
+
+
+class ServerUnreachable(VllmLoraError):
+    """No server answers at the address."""
+
+
+class ServerFailed(VllmLoraError):
+    """The server answered with an error, or ended before it was ready."""
+
+
+class TrainingFailed(VllmLoraError):
+    """Training ended without a usable adapter, for example with a loss that is no number."""
+
+
+class BadInput(VllmLoraError, ValueError):
+    """Something the user gave is wrong; nothing was changed."""
+
+    exit_code = 2
+
+
+class BadSetting(BadInput):
+    """A flag or a configuration value."""
+
+
+class BadData(BadInput):
+    """Training rows that cannot be read or must not be trained on."""
+
+
+class BadBaseModel(BadInput):
+    """A folder that is not a model, or a hub id that cannot be reached."""
+
+
+class OutputExists(BadInput):
+    """The place to write to holds something that is not ours to replace."""
+
+
+class PortInUse(BadInput):
+    """Another program listens at the address."""
+
+
+class MissingPackage(BadInput):
+    """A package that this command needs is not installed."""
+
+
+class AdapterRefused(BadInput):
+    """An adapter that must not be used; `findings` says why, all of it at once."""
+
+    def __init__(self, adapter: str, findings: Sequence[Finding]) -> None:
+        self.findings = tuple(findings)
+        super().__init__(
+            adapter,
+            "refused: " + "; ".join(str(finding) for finding in self.findings),
+            adapter=adapter,
+        )
