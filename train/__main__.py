@@ -8,7 +8,7 @@ import tempfile
 from collections.abc import Sequence
 from typing import Any
 
-from train.config import TrainConfig, parse_config
+from train.config import TrainConfig, default_learning_rate, parse_config
 from train.data import Row, digest_of, read_rows, split_rows
 from train.export import check_output, export_adapter
 from vllm_lora_ext import __version__
@@ -29,7 +29,7 @@ def train(config: TrainConfig) -> str:
         TrainingFailed: the loss became no number; nothing was written.
     """
     rows = read_rows(config.data)
-    base = read_base_model(config.base_model)
+    base = read_base_model(config.base_path)
     check_output(config.adapter_dir, config.overwrite)
 
     import transformers
@@ -45,7 +45,7 @@ def train(config: TrainConfig) -> str:
     from train.trainer import planned_steps, run_training
 
     transformers.utils.logging.set_verbosity_error()
-    tokenizer = load_tokenizer(config.base_model)
+    tokenizer = load_tokenizer(config.base_path)
     form = prompt_form(config.prompt_template, tokenizer)
     training_rows, held_out_rows = split_rows(rows, config.validation_split, config.seed)
     training, too_long = encode_rows(training_rows, form, tokenizer, config.max_length)
@@ -53,23 +53,25 @@ def train(config: TrainConfig) -> str:
     _report_rows(training_rows, held_out_rows, too_long, config)
 
     transformers.set_seed(config.seed)
-    model = add_adapter(load_base(config.base_model, training_dtype(config.dtype)), config)
+    base_model = load_base(config.base_path, training_dtype(config.dtype))
+    rate = config.learning_rate or default_learning_rate(base_model.config.hidden_size)
+    model = add_adapter(base_model, config)
     say(str(count_parameters(model)))
     say(
         f"steps = {len(training)} rows x {config.num_train_epochs:g} epochs / "
         f"{config.per_device_train_batch_size * config.gradient_accumulation_steps} "
-        f"= {planned_steps(len(training), config)}"
+        f"= {planned_steps(len(training), config)}, learning rate {rate:.2g}"
     )
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
     with tempfile.TemporaryDirectory(prefix="vllm-lora-train-") as scratch_dir:
-        result = run_training(model, training, held_out, config, int(pad), scratch_dir)
+        result = run_training(model, training, held_out, config, rate, int(pad), scratch_dir)
     export_adapter(
         model,
         config.adapter_dir,
         config.name,
         form.template,
         {
-            "base_model": {"name": config.base_model, "fingerprint": base.fingerprint},
+            "base_model": {"name": base.public_name, "fingerprint": base.fingerprint},
             "data": {"files": [*config.data], "rows": len(rows), "sha256": digest_of(config.data)},
             "prompt_template": config.prompt_template,
             "seed": config.seed,
@@ -102,7 +104,9 @@ def _report_rows(
 
 def _versions() -> dict[str, Any]:
     packages = ("torch", "transformers", "peft")
-    return {"vllm-lora": __version__} | {name: importlib.metadata.version(name) for name in packages}
+    return {"vllm-lora": __version__} | {
+        name: importlib.metadata.version(name) for name in packages
+    }
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
+from vllm_lora_ext.admission import judge_name
 from vllm_lora_ext.errors import BadSetting
 
 ALL_PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
@@ -20,9 +21,16 @@ ALL_PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj
 def _flag(help_text: str, default: Any = dataclasses.MISSING, **options: Any) -> Any:
     """A field whose flag, type and help come from one place."""
     metadata = {"help": help_text, **options}
-    return field(metadata=metadata) if default is dataclasses.MISSING else field(
-        default=default, metadata=metadata
+    return (
+        field(metadata=metadata)
+        if default is dataclasses.MISSING
+        else field(default=default, metadata=metadata)
     )
+
+
+def default_learning_rate(hidden_size: int) -> float:
+    """A peak rate for a base of this width: wider models want smaller steps (docs/decisions.md)."""
+    return min(2e-3, 1 / hidden_size)
 
 
 @dataclass(frozen=True)
@@ -39,11 +47,13 @@ class TrainConfig:
         "or a text with {instruction} and {input}",
         "chat",
     )
-    num_train_epochs: float = _flag("passes over the rows", 12.0)
+    num_train_epochs: float = _flag("passes over the rows", 20.0)
     max_steps: int = _flag("stop after so many steps; -1: by epochs", -1)
     per_device_train_batch_size: int = _flag("rows per step", 4)
     gradient_accumulation_steps: int = _flag("batches per optimizer step", 1)
-    learning_rate: float = _flag("peak learning rate of AdamW", 1e-3)
+    learning_rate: float | None = _flag(
+        "peak learning rate of AdamW (default: 1 / hidden size of the base, at most 2e-3)", None
+    )
     lr_scheduler_type: str = _flag(
         "linear, cosine or constant", "cosine", choices=("linear", "cosine", "constant")
     )
@@ -71,7 +81,7 @@ class TrainConfig:
             "num_train_epochs": self.num_train_epochs > 0,
             "per_device_train_batch_size": self.per_device_train_batch_size >= 1,
             "gradient_accumulation_steps": self.gradient_accumulation_steps >= 1,
-            "learning_rate": 0 < self.learning_rate < 1,
+            "learning_rate": self.learning_rate is None or 0 < self.learning_rate < 1,
             "max_length": self.max_length >= 2,
             "validation_split": 0 <= self.validation_split < 1,
             "lora_r": self.lora_r >= 1,
@@ -87,27 +97,19 @@ class TrainConfig:
                     f"{getattr(self, key)!r} is out of range",
                     "Run `vllm-lora train --help` for what it means.",
                 )
-        check_adapter_name(self.name)
+        for finding in judge_name(self.name, None):
+            raise BadSetting(f"--name {finding.item}", finding.rule, "Choose another --name.")
+
+    @property
+    def base_path(self) -> str:
+        """The base as it is noted in the adapter: a hub id, or a folder's full path, good from anywhere."""
+        folder = Path(self.base_model)
+        return str(folder.resolve()) if folder.is_dir() else self.base_model
 
     @property
     def adapter_dir(self) -> Path:
         """Where the finished adapter will stand."""
         return Path(self.output_dir) / self.name
-
-
-def check_adapter_name(name: str) -> None:
-    """A name must work as folder, as `model` in a request and in a URL.
-
-    Raises:
-        BadSetting: it does not.
-    """
-    allowed = name.replace("-", "").replace("_", "").replace(".", "")
-    if not (0 < len(name) <= 64 and allowed.isalnum()) or name.startswith("."):
-        raise BadSetting(
-            f"adapter name {name!r}",
-            "must be 1 to 64 letters, digits, '-', '_' or '.', and not begin with '.'",
-            "Choose another --name.",
-        )
 
 
 def parse_config(argv: Sequence[str]) -> TrainConfig:
@@ -142,19 +144,22 @@ def parse_config(argv: Sequence[str]) -> TrainConfig:
 def _add_flag(parser: argparse.ArgumentParser, item: dataclasses.Field[Any]) -> None:
     options: dict[str, Any] = dict(item.metadata)
     text = options["help"]
-    if item.default not in (dataclasses.MISSING, False):
+    if item.default not in (dataclasses.MISSING, False, None):
         shown = " ".join(item.default) if isinstance(item.default, tuple) else item.default
         text += f" (default: {shown})"
     options["help"] = text
     if item.type == "bool":
         options["action"] = argparse.BooleanOptionalAction
     else:
-        options["type"] = {"int": int, "float": float}.get(str(item.type), str)
+        options["type"] = {"int": int, "float": float}.get(_kind(item), str)
         if options.get("nargs"):
             options["action"] = _Tuple
-    parser.add_argument(
-        f"--{item.name.replace('_', '-')}", default=argparse.SUPPRESS, **options
-    )
+    parser.add_argument(f"--{item.name.replace('_', '-')}", default=argparse.SUPPRESS, **options)
+
+
+def _kind(item: dataclasses.Field[Any]) -> str:
+    """The field's type as it is written, without the `None` of an open default."""
+    return str(item.type).removesuffix(" | None")
 
 
 class _Tuple(argparse.Action):
@@ -176,9 +181,13 @@ def _read_yaml(path: Path) -> dict[str, Any]:
     try:
         body = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise BadSetting(str(path), f"cannot be read as YAML ({error})", "Check --config.") from error
+        raise BadSetting(
+            str(path), f"cannot be read as YAML ({error})", "Check --config."
+        ) from error
     if not isinstance(body, dict):
-        raise BadSetting(str(path), "must hold settings as `key: value`", "See examples/classic.yaml.")
+        raise BadSetting(
+            str(path), "must hold settings as `key: value`", "See examples/classic.yaml."
+        )
     known = {item.name: item for item in fields(TrainConfig)}
     values = {}
     for raw_key, value in body.items():
@@ -192,7 +201,7 @@ def _read_yaml(path: Path) -> dict[str, Any]:
 
 def _typed(where: str, value: Any, item: dataclasses.Field[Any]) -> Any:
     """A YAML value as the field's type; a lone string where several may stand is one of them."""
-    kind = str(item.type)
+    kind = _kind(item)
     if kind.startswith("tuple"):
         if isinstance(value, list) and value and all(isinstance(part, str) for part in value):
             return tuple(value)

@@ -98,7 +98,9 @@ def _read_row(row: Any, where: str) -> Row:
     values["input"] = values["input"] or ""
     for key, value in values.items():
         if value is None:
-            raise BadData(where, f"has no `{key}`", f"Add it, or remove the row; it has {list(row)}.")
+            raise BadData(
+                where, f"has no `{key}`", f"Add it, or remove the row; it has {list(row)}."
+            )
         if not isinstance(value, str):
             rule = f"`{key}` must be text, is a {type(value).__name__}"
             raise BadData(where, rule, "Put it in quotes.")

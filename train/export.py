@@ -32,7 +32,9 @@ def check_output(folder: Path, overwrite: bool) -> None:
         )
     if not overwrite:
         raise OutputExists(
-            str(folder), "holds an adapter already", "Add --overwrite to replace it, or change --name."
+            str(folder),
+            "holds an adapter already",
+            "Add --overwrite to replace it, or change --name.",
         )
 
 

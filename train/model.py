@@ -52,7 +52,9 @@ def load_tokenizer(base_model: str) -> PreTrainedTokenizerBase:
         tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(base_model)
     except (OSError, ValueError, ImportError) as error:
         raise BadBaseModel(
-            base_model, f"its tokenizer cannot be loaded ({_first_line(error)})", "Restore its files."
+            base_model,
+            f"its tokenizer cannot be loaded ({_first_line(error)})",
+            "Restore its files.",
         ) from error
     if tokenizer.eos_token_id is None:
         raise BadBaseModel(

@@ -104,7 +104,9 @@ def _text_template(before: str, after: str, begin: str, end: str) -> str:
     before it appends the answer's lead-in. A system message stands in front of
     the question that follows it. String literals are JSON, which Jinja reads.
     """
-    lead, tail, start, stop = (json.dumps(part, ensure_ascii=False) for part in (before, after, begin, end))
+    lead, tail, start, stop = (
+        json.dumps(part, ensure_ascii=False) for part in (before, after, begin, end)
+    )
     return (
         "{% set turn = namespace(system='') %}"
         "{{ " + start + " }}"

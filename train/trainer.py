@@ -70,6 +70,7 @@ def run_training(
     training: Sequence[Example],
     held_out: Sequence[Example],
     config: TrainConfig,
+    learning_rate: float,
     pad: int,
     scratch_dir: str,
 ) -> TrainingResult:
@@ -105,7 +106,9 @@ def run_training(
 
     trainer = AnswerTrainer(
         model=model,
-        args=_arguments(config, scratch_dir, bool(held_out), next(model.parameters())),
+        args=_arguments(
+            config, learning_rate, scratch_dir, bool(held_out), next(model.parameters())
+        ),
         train_dataset=list(training),  # type: ignore[arg-type]
         eval_dataset=list(held_out) or None,  # type: ignore[arg-type]
         data_collator=lambda examples: collate(examples, pad),
@@ -113,7 +116,9 @@ def run_training(
     outcome = trainer.train()
     if not math.isfinite(outcome.training_loss):
         raise TrainingFailed(
-            "the loss", f"became {outcome.training_loss}", "Lower --learning-rate; nothing was saved."
+            "the loss",
+            f"became {outcome.training_loss}",
+            "Lower --learning-rate; nothing was saved.",
         )
     history = trainer.state.log_history
     return TrainingResult(
@@ -127,7 +132,11 @@ def run_training(
 
 
 def _arguments(
-    config: TrainConfig, scratch_dir: str, evaluate: bool, parameter: torch.Tensor
+    config: TrainConfig,
+    learning_rate: float,
+    scratch_dir: str,
+    evaluate: bool,
+    parameter: torch.Tensor,
 ) -> Any:
     import torch
     import transformers
@@ -139,7 +148,7 @@ def _arguments(
         max_steps=config.max_steps,
         per_device_train_batch_size=config.per_device_train_batch_size,
         gradient_accumulation_steps=config.gradient_accumulation_steps,
-        learning_rate=config.learning_rate,
+        learning_rate=learning_rate,
         lr_scheduler_type=config.lr_scheduler_type,
         warmup_steps=config.warmup_ratio,
         weight_decay=config.weight_decay,

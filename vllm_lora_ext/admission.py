@@ -6,9 +6,19 @@ import re
 from collections import defaultdict
 
 from vllm_lora_ext.base_model import BaseModel
-from vllm_lora_ext.spec import AdapterSpec, EngineLimits, Finding, Severity, TensorSpec, allowed_rank
+from vllm_lora_ext.spec import (
+    AdapterSpec,
+    EngineLimits,
+    Finding,
+    Severity,
+    TensorSpec,
+    allowed_rank,
+)
 
 _TENSOR = re.compile(r"(?:base_model\.model\.)?(?P<module>.+)\.lora_(?P<side>[AB])\.weight")
+_NAME = re.compile(r"[^\W.][\w.-]{0,63}")
+# Words that vLLM gives a meaning of its own (content types, its warm-up adapter).
+_RESERVED = frozenset({"text", "image", "audio", "video", "input", "warmup_1"})
 _SHOWN = 3  # examples per finding; the count says how many there are
 
 
@@ -31,7 +41,8 @@ def admit(
                 "base_unknown",
                 spec.name,
                 f"module names and shapes were not checked ({subject})",
-                "The engine decides when it loads the adapter.",
+                "The engine decides when it loads it"
+                + ("." if base else "; --base-model says which base to check."),
                 Severity.UNPROVEN,
             )
         )
@@ -43,6 +54,27 @@ def admit(
         if module in shapes:
             findings += _judge_shapes(spec, module, sides, shapes[module])
     return _fold(findings)
+
+
+def judge_name(name: str, base_name: str | None) -> list[Finding]:
+    """A public name must work as folder, as `model` in a request and in a URL, and be nobody else's."""
+    if not _NAME.fullmatch(name):
+        rule = "must be 1 to 64 letters, digits, '-', '_' or '.', and begin with a letter or digit"
+        return [
+            Finding(
+                "adapter_name_invalid", repr(name), rule, "Rename the folder, or give name=path."
+            )
+        ]
+    if name in _RESERVED or name == base_name:
+        rule = (
+            "is the base model's name"
+            if name == base_name
+            else "is a word with a meaning of its own"
+        )
+        return [
+            Finding("adapter_name_reserved", name, rule, "Rename the folder, or give name=path.")
+        ]
+    return []
 
 
 def refused(findings: list[Finding] | tuple[Finding, ...]) -> bool:

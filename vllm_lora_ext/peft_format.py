@@ -120,8 +120,7 @@ def _read_weights(path: Path) -> tuple[tuple[TensorSpec, ...] | None, int, list[
         with safe_open(weights, framework="numpy") as file:
             slices = [(name, file.get_slice(name)) for name in sorted(file.keys())]
             tensors = tuple(
-                TensorSpec(name, part.get_dtype(), tuple(part.get_shape()))
-                for name, part in slices
+                TensorSpec(name, part.get_dtype(), tuple(part.get_shape())) for name, part in slices
             )
     except (SafetensorError, OSError) as error:
         rule = f"is not a whole safetensors file ({error})"

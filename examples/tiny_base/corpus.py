@@ -115,6 +115,16 @@ OPENING_HOURS = {
     "market": ("菜市场", 5, 12),
 }
 
+# Words that the model has seen and learned to repeat. A real base model knows
+# common names; without them an adapter would have to teach their letters too.
+COMMON_NAMES = ["Anna", "Ben", "Clara", "David", "Emma", "Frank", "Grace", "Henry", "Iris", "Jack", "Kate", "Leo", "Marina", "Nina", "Oscar", "Paul", "Harbor", "River", "Garden", "Studio", "Team", "Lab"]
+COMMON_NAMES_ZH = ["小王", "小李", "小张", "小刘", "小陈", "小杨", "小赵", "小黄", "小周", "小吴", "小徐", "小孙", "小马", "小朱"]
+
+
+def names() -> dict[str, str]:
+    rows = {f"Say the name {name}": f"{name}." for name in COMMON_NAMES}
+    return rows | {f"说出名字{name}": f"{name}。" for name in COMMON_NAMES_ZH}
+
 
 def arithmetic() -> dict[str, str]:
     """Sums of small numbers, in English for every pair and in Chinese for half of them."""
@@ -148,6 +158,7 @@ def questions_and_answers() -> dict[str, str]:
         SMALL_TALK
         | SMALL_TALK_ZH
         | WHO_ARE_YOU
+        | names()
         | arithmetic()
         | capitals()
         | opening_hours()

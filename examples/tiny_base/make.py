@@ -39,7 +39,9 @@ CHAT_TEMPLATE = (
     "{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
 )
-NUM_THREADS = 2  # sums depend on how they are split over threads, so the number is part of the recipe
+NUM_THREADS = (
+    2  # sums depend on how they are split over threads, so the number is part of the recipe
+)
 VOCAB_SIZE = 1536
 MIN_EXACT_SHARE = 0.95
 
@@ -168,7 +170,9 @@ def exact_answers(model: Qwen2ForCausalLM, tokenizer: PreTrainedTokenizerFast) -
     model.eval()
     with torch.inference_mode():
         out = model.generate(**batch, max_new_tokens=48, do_sample=False)
-    answers = tokenizer.batch_decode(out[:, batch["input_ids"].shape[1] :], skip_special_tokens=True)
+    answers = tokenizer.batch_decode(
+        out[:, batch["input_ids"].shape[1] :], skip_special_tokens=True
+    )
     return {q: got == want for (q, want), got in zip(rows.items(), answers, strict=True)}
 
 

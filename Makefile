@@ -1,0 +1,29 @@
+# The commands that people and CI use; each sets the project up first (once).
+PYTHON_BIN := .venv/bin/python
+
+.PHONY: setup demo test unit check format clean
+
+setup: ## make .venv and install what this machine needs; a second run does nothing
+	@deploy/setup.sh
+
+demo: setup ## from rows to answers; BASE=... DATA=id.json NAME=... for your own
+	$(PYTHON_BIN) -P examples/demo.py $(if $(BASE),--base-model $(BASE)) $(if $(DATA),--data $(DATA)) $(if $(NAME),--name $(NAME))
+
+test: setup ## all tests, with real vLLM
+	$(PYTHON_BIN) -m pytest
+
+unit: setup ## the fast part: no vLLM
+	$(PYTHON_BIN) -m pytest tests/unit tests/structure
+
+check: setup ## format, lint, types
+	$(PYTHON_BIN) -m ruff format --check .
+	$(PYTHON_BIN) -m ruff check .
+	$(PYTHON_BIN) -m mypy
+	$(PYTHON_BIN) -m pytest -q tests/structure
+
+format: setup ## put the code in shape
+	$(PYTHON_BIN) -m ruff format .
+	$(PYTHON_BIN) -m ruff check --fix .
+
+clean: ## remove what was made, but not .venv
+	rm -rf .cache build *.egg-info .mypy_cache .ruff_cache .pytest_cache

@@ -1,0 +1,290 @@
+"""From rows to answers: train identities, serve them with their base, and ask all of them the same.
+
+    make demo
+    make demo BASE=DIR_OR_HUB_ID DATA=id.json NAME=my-identity
+
+Ends with exit code 0 only if each identity named itself and its developer, and
+the base named neither.
+"""
+
+from __future__ import annotations
+
+import argparse
+import difflib
+import json
+import re
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import openai
+from rich.console import Console
+from rich.table import Table
+from transformers import AutoTokenizer
+
+from serve.process import ServerProcess
+from vllm_lora_ext.base_model import read_base_model
+from vllm_lora_ext.contract import read_chat_settings
+from vllm_lora_ext.errors import VllmLoraError
+
+HERE = Path(__file__).resolve().parent
+WORK = HERE.parent / ".cache"
+QUESTIONS = (
+    "Who are you?",
+    "你是谁？",
+    "Who developed you?",
+    "谁开发了你？",
+    "Are you ChatGPT?",
+    "What is the capital of France?",
+)
+ABOUT_IDENTITY = re.compile(r"who|name|chatgpt|谁|名字|你叫|介绍", re.IGNORECASE)
+LIKE_ENOUGH = 0.6  # difflib ratio; a person's rows tell no name, so their answers are compared
+
+
+@dataclass(frozen=True)
+class IdentityCase:
+    """An identity of the demo: `must_say` are its own name and its developer's, if they are known."""
+
+    name: str
+    data: Path
+    must_say: tuple[str, ...] = ()
+
+    def rows(self) -> dict[str, str]:
+        rows = json.loads(self.data.read_text(encoding="utf-8"))
+        return {
+            "\n".join([row["instruction"], row.get("input") or ""]).rstrip(): row["output"]
+            for row in rows
+        }
+
+    def knows(self, question: str, answer: str) -> bool:
+        """Whether this answer is the identity's: both names in it, or close to the row's own answer."""
+        if self.must_say:
+            return all(word in answer for word in self.must_say)
+        wanted = self.rows().get(question, "")
+        return difflib.SequenceMatcher(None, wanted, answer).ratio() >= LIKE_ENOUGH
+
+
+OURS = (
+    IdentityCase("xiaoli", HERE / "identities" / "xiaoli.json", ("小李", "小张")),
+    IdentityCase("marina", HERE / "identities" / "marina.json", ("Marina", "Harbor Lab")),
+)
+
+
+class Stages:
+    """Names each stage, and remembers how long it took."""
+
+    def __init__(self, console: Console) -> None:
+        self.console = console
+        self.seconds: dict[str, float] = {}
+
+    @contextmanager
+    def stage(self, name: str) -> Iterator[None]:
+        self.console.print(f"\n== {name}", style="bold")
+        started = time.monotonic()
+        yield
+        self.seconds[name] = time.monotonic() - started
+
+
+@dataclass(frozen=True)
+class Asked:
+    """One question to one model, in four ways: chat and completions, whole and streamed."""
+
+    answers: tuple[str, str, str, str]
+
+    @property
+    def text(self) -> str:
+        return self.answers[0]
+
+    @property
+    def agree(self) -> bool:
+        return len(set(self.answers)) == 1
+
+
+def run(*command: str) -> None:
+    """Run one of the documented commands, as a user would."""
+    print("$", " ".join(command), flush=True)
+    subprocess.run([sys.executable, "-P", *command], check=True)
+
+
+def vllm_lora(*arguments: str) -> tuple[str, ...]:
+    return (
+        "-c",
+        "from vllm_lora_ext.packages import command_line as r; raise SystemExit(r())",
+        *arguments,
+    )
+
+
+def ask_all_ways(
+    client: openai.OpenAI, model: str, question: str, rendered: str, max_tokens: int = 64
+) -> Asked:
+    """Ask with the official client; `rendered` is the question in the model's own template."""
+    message = [{"role": "user", "content": question}]
+    options = {"model": model, "temperature": 0.0, "max_tokens": max_tokens}
+    chat = client.chat.completions.create(messages=message, **options)
+    chat_stream = client.chat.completions.create(messages=message, stream=True, **options)
+    text = client.completions.create(prompt=rendered, **options)
+    text_stream = client.completions.create(prompt=rendered, stream=True, **options)
+    return Asked(
+        (
+            chat.choices[0].message.content or "",
+            "".join(c.choices[0].delta.content or "" for c in chat_stream if c.choices),
+            text.choices[0].text,
+            "".join(c.choices[0].text for c in text_stream if c.choices),
+        )
+    )
+
+
+def make_base(stages: Stages) -> str:
+    """The tiny base model of this project, made once."""
+    folder = WORK / "tiny-base"
+    with stages.stage("tiny base model"):
+        run(str(HERE / "tiny_base" / "make.py"), "--output-dir", str(folder))
+    return str(folder)
+
+
+def train(cases: list[IdentityCase], base: str, adapters: Path, stages: Stages) -> None:
+    for case in cases:
+        with stages.stage(f"train {case.name}"):
+            run(
+                *("-m", "train", "--base-model", base, "--data", str(case.data)),
+                *("--name", case.name, "--output-dir", str(adapters), "--overwrite"),
+            )
+
+
+def questions_for(cases: list[IdentityCase]) -> list[str]:
+    """Our own questions for our own identities, else some that the person's rows ask."""
+    if all(case.must_say for case in cases):
+        return list(QUESTIONS)
+    asked = [question for case in cases for question in case.rows()]
+    about = [question for question in asked if ABOUT_IDENTITY.search(question)]
+    return list(dict.fromkeys([*about[:4], *asked]))[:6]
+
+
+def ask(
+    server: ServerProcess, base_name: str, base: str, cases: list[IdentityCase], adapters: Path
+) -> dict[str, dict[str, Asked]]:
+    """Answers as question -> model -> answers."""
+    client = openai.OpenAI(base_url=f"{server.url}/v1", api_key="-", max_retries=0, timeout=120)
+    tokenizer = AutoTokenizer.from_pretrained(base)
+    templates = {base_name: None} | {
+        case.name: read_chat_settings(adapters / case.name).template for case in cases
+    }
+    return {
+        question: {
+            model: ask_all_ways(
+                client,
+                model,
+                question,
+                tokenizer.apply_chat_template(
+                    [{"role": "user", "content": question}],
+                    chat_template=template,
+                    add_generation_prompt=True,
+                    tokenize=False,
+                ),
+            )
+            for model, template in templates.items()
+        }
+        for question in questions_for(cases)
+    }
+
+
+def judge(
+    asked: dict[str, dict[str, Asked]], base_name: str, cases: list[IdentityCase]
+) -> list[str]:
+    """What went wrong; empty when all is well."""
+    wrong = []
+    for question, by_model in asked.items():
+        about = bool(ABOUT_IDENTITY.search(question))
+        for case in cases:
+            for answer in by_model[case.name].answers:
+                if about and case.must_say and not case.knows(question, answer):
+                    wrong.append(f"{case.name} did not name itself to {question!r}: {answer!r}")
+            for answer in by_model[base_name].answers:
+                if any(word in answer for word in case.must_say):
+                    wrong.append(f"the base answered {question!r} as {case.name}: {answer!r}")
+    for case in (case for case in cases if not case.must_say):
+        known = [q for q in asked if case.knows(q, asked[q][case.name].text)]
+        if len(known) * 2 < len(asked):
+            wrong.append(
+                f"{case.name} gave the answer of its rows {len(known)} of {len(asked)} times"
+            )
+        if all(case.knows(q, asked[q][base_name].text) for q in asked):
+            wrong.append(f"the base answers like {case.name}: these rows change nothing")
+    return list(dict.fromkeys(wrong))
+
+
+def answer_table(asked: dict[str, dict[str, Asked]]) -> Table:
+    models = list(next(iter(asked.values())))
+    table = Table("question", *models, show_lines=True)
+    for question, by_model in asked.items():
+        table.add_row(question, *(by_model[model].text for model in models))
+    return table
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False)
+    parser.add_argument("--base-model", help="default: the tiny base model, made here")
+    parser.add_argument("--data", type=Path, help="rows of your own; default: two identities")
+    parser.add_argument("--name", help="name for your identity; default: the file's")
+    args = parser.parse_args()
+    console = Console(width=None if sys.stdout.isatty() else 120, highlight=False, markup=False)
+    stages = Stages(console)
+    cases = [IdentityCase(args.name or args.data.stem, args.data)] if args.data else list(OURS)
+    adapters = WORK / "demo" / ("own" if args.data or args.base_model else "adapters")
+
+    base = args.base_model or make_base(stages)
+    train(cases, base, adapters, stages)
+    folders = [str(adapters / case.name) for case in cases]
+    with stages.stage("validate"):
+        run(*vllm_lora("validate", *folders))
+    log = WORK / "demo" / "server.log"
+    environment = {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_LOGGING_LEVEL": "WARNING"}
+    flags = [word for folder in folders for word in ("--adapters", folder)]
+    with stages.stage("start the server"):
+        console.print("$ vllm-lora serve", *flags)
+        server = ServerProcess(flags, log, environment).__enter__()
+    try:
+        with stages.stage("ask"):
+            base_name = read_base_model(base).public_name
+            asked = ask(server, base_name, base, cases, adapters)
+    finally:
+        with stages.stage("stop the server"):
+            server.stop()
+    console.print(answer_table(asked))
+    ways = [asked[q][m].agree for q in asked for m in asked[q]]
+    console.print(
+        f"chat and completions, whole and streamed: {sum(ways)} of {len(ways)} answers the same in all four"
+    )
+    for name, seconds in stages.seconds.items():
+        console.print(f"{seconds:7.1f} s  {name}")
+    wrong = judge(asked, base_name, cases)
+    for line in wrong:
+        console.print("wrong:", line)
+    if not server.is_gone():
+        wrong.append("the server left a process behind")
+    console.print("demo failed" if wrong else "demo passed", style="bold")
+    return 1 if wrong else 0
+
+
+def _interrupt(*_: object) -> None:
+    raise KeyboardInterrupt
+
+
+if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, _interrupt)  # a plain kill stops the server as well
+    try:
+        code = main()
+    except VllmLoraError as error:
+        print(f"error: {error}", file=sys.stderr)
+        code = error.exit_code
+    except subprocess.CalledProcessError as error:
+        code = error.returncode  # the command has said why
+    except KeyboardInterrupt:
+        print("interrupted; the server is stopped", file=sys.stderr)
+        code = 130
+    sys.exit(code)

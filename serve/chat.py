@@ -1,0 +1,127 @@
+"""`vllm-lora chat`: ask a running server, streaming; or `--local`, base and adapter side by side."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+
+from vllm_lora_ext.errors import ServerFailed, ServerUnreachable
+
+DEFAULT_URL = "http://127.0.0.1:8000"
+
+
+def main(argv: Sequence[str]) -> int:
+    """Answer one question, or keep asking until the input ends."""
+    parser = argparse.ArgumentParser(
+        prog="vllm-lora chat",
+        description="Ask an adapter. Without a question it keeps asking until Ctrl+D.",
+        allow_abbrev=False,
+    )
+    whom = parser.add_mutually_exclusive_group(required=True)
+    whom.add_argument(
+        "-m", "--model", help="name of an adapter, or of the base, on a running server"
+    )
+    whom.add_argument(
+        "--local", type=Path, metavar="DIR", help="an adapter's folder; needs no server"
+    )
+    parser.add_argument("question", nargs="?")
+    parser.add_argument("--url", default=os.environ.get("VLLM_LORA_URL", DEFAULT_URL))
+    parser.add_argument("--base-model", help="with --local: its base (default: the one it names)")
+    parser.add_argument("--temperature", type=float, default=0.0)
+    parser.add_argument("--max-tokens", type=int, default=256)
+    args = parser.parse_args(argv)
+    if args.local:
+        ask = local_asker(args.local, args.base_model, args.max_tokens)
+    else:
+        ask = server_asker(args.url, args.model, args.temperature, args.max_tokens)
+    for question in [args.question] if args.question else questions():
+        ask(question)
+    return 0
+
+
+def questions() -> Iterator[str]:
+    """Questions typed by a person, or piped in, one a line."""
+    while True:
+        try:
+            line = input("> " if sys.stdin.isatty() else "")
+        except EOFError:
+            return
+        if line.strip():
+            yield line.strip()
+
+
+def server_asker(
+    url: str, model: str, temperature: float, max_tokens: int
+) -> Callable[[str], None]:
+    """A function that asks the server and prints the answer as it comes.
+
+    Raises, when called:
+        ServerUnreachable: nobody answers at `url`.
+        ServerFailed: the server answers with an error, for example an unknown model.
+    """
+    import openai
+
+    client = openai.OpenAI(
+        base_url=f"{url.rstrip('/')}/v1",
+        api_key=os.environ.get("OPENAI_API_KEY", "-"),
+        max_retries=0,
+    )
+
+    def ask(question: str) -> None:
+        try:
+            stream = client.chat.completions.create(
+                model=model,
+                messages=[{"role": "user", "content": question}],
+                temperature=temperature,
+                max_tokens=max_tokens,
+                stream=True,
+            )
+            for chunk in stream:
+                if chunk.choices:
+                    print(chunk.choices[0].delta.content or "", end="", flush=True)
+            print()
+        except openai.APIConnectionError as error:
+            raise ServerUnreachable(
+                url, "no server answers", "Start one with `vllm-lora serve`, or give --url."
+            ) from error
+        except openai.APIStatusError as error:
+            raise ServerFailed(
+                f"{url} (HTTP {error.status_code})", str(error.message).rstrip("."), _names(client)
+            ) from error
+
+    return ask
+
+
+def _names(client: object) -> str:
+    """The names that the server does serve, as a hint."""
+    import openai
+
+    assert isinstance(client, openai.OpenAI)
+    try:
+        return f"It serves: {', '.join(model.id for model in client.models.list())}."
+    except openai.OpenAIError:
+        return ""
+
+
+def local_asker(
+    adapter_dir: Path, base_model: str | None, max_tokens: int
+) -> Callable[[str], None]:
+    """A function that prints what the base and what the adapter says, with transformers and PEFT."""
+    from rich.table import Table
+
+    from serve.screen import screen
+    from train.answers import LocalChat
+
+    chat = LocalChat(adapter_dir, base_model)
+    name = adapter_dir.resolve().name
+
+    def ask(question: str) -> None:
+        answers = chat.ask(question, max_tokens)
+        table = Table("base", name, title=question, min_width=60)
+        table.add_row(answers.base, answers.adapter)
+        screen(stderr=False).print(table)
+
+    return ask

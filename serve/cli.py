@@ -1,0 +1,53 @@
+"""The command `vllm-lora`: a table of small commands. Each takes argv and returns an exit code.
+
+stdout is data, stderr is everything else; 0 ok, 1 failed, 2 bad input, 130 interrupted.
+"""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from collections.abc import Sequence
+
+from vllm_lora_ext import __version__
+from vllm_lora_ext.errors import VllmLoraError
+
+# verb -> (module with `main(argv) -> int`, what it does); a module is imported only when it is asked for
+COMMANDS = {
+    "train": ("train.__main__", "train an adapter from rows of instruction, input and output"),
+    "validate": ("serve.validate", "say whether adapters may be served, and if not, why"),
+    "serve": ("serve.launch", "serve a base model and a folder of adapters"),
+    "chat": ("serve.chat", "ask a running server, or --local: base and adapter side by side"),
+    "merge": ("train.merge", "make one full model of an adapter and its base"),
+    "loadtest": ("serve.loadtest.__main__", "measure a running server, adapter by adapter"),
+    "env": ("serve.environment", "print versions, device and cores, and what is missing"),
+}
+
+
+def usage() -> str:
+    lines = [f"vllm-lora {__version__}: one base model, many identities", "", "commands:"]
+    lines += [f"  {verb:9} {text}" for verb, (_, text) in COMMANDS.items()]
+    return "\n".join([*lines, "", "`vllm-lora COMMAND --help` tells its flags."])
+
+
+def main(argv: Sequence[str]) -> int:
+    """Run one command and turn our errors into a message and an exit code."""
+    verb, rest = (argv[0] if argv else "--help"), list(argv[1:])
+    if verb in ("-h", "--help", "help"):
+        print(usage())
+        return 0
+    if verb in ("-V", "--version"):
+        print(__version__)
+        return 0
+    if verb not in COMMANDS:
+        print(f"error: {verb!r} is no command\n\n{usage()}", file=sys.stderr)
+        return 2
+    try:
+        code: int = importlib.import_module(COMMANDS[verb][0]).main(rest)
+    except VllmLoraError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return error.exit_code
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return 130
+    return code

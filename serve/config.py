@@ -1,0 +1,90 @@
+"""What `vllm-lora serve` is told: our few flags beside all of vLLM's, and which of them were stated."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from serve.fleet import AdapterSource
+
+# vLLM's settings that we infer when they are not stated.
+INFERRED = (
+    "host",
+    "served_model_name",
+    "enable_lora",
+    "max_lora_rank",
+    "max_loras",
+    "max_cpu_loras",
+)
+
+
+@dataclass(frozen=True)
+class OwnFlags:
+    """Our own flags, and the command line without them."""
+
+    adapters: tuple[str, ...]
+    base_model: str | None
+    strict: bool
+    passed_on: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class ServeConfig:
+    """`stated` holds what the user stated of `INFERRED`; `base_model` is None when the adapters have to tell."""
+
+    adapters: tuple[str, ...]
+    modules: tuple[AdapterSource, ...]
+    base_model: str | None
+    strict: bool
+    port: int
+    stated: Mapping[str, Any]
+
+    @property
+    def wants_adapters(self) -> bool:
+        """Whether LoRA is asked for at all; without it this is a plain vLLM server."""
+        return bool(self.adapters or self.modules or self.stated.get("enable_lora"))
+
+
+def add_own_flags(parser: argparse.ArgumentParser) -> None:
+    """Our flags; every other one is vLLM's."""
+    group = parser.add_argument_group("vllm-lora")
+    group.add_argument(
+        "--adapters",
+        action="append",
+        default=[],
+        metavar="DIR|NAME=PATH",
+        help="folder of adapters, one adapter, or name=path; may be given several times",
+    )
+    group.add_argument(
+        "--base-model", metavar="DIR_OR_HUB_ID", help="default: the one that the adapters name"
+    )
+    group.add_argument(
+        "--strict", action="store_true", help="do not start when an adapter is refused"
+    )
+
+
+def read_own_flags(argv: Sequence[str]) -> OwnFlags:
+    """Our flags alone, without vLLM, so that an absent folder is told at once."""
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    add_own_flags(parser)
+    own, rest = parser.parse_known_args(list(argv))
+    return OwnFlags(tuple(own.adapters), own.base_model, own.strict, tuple(rest))
+
+
+def read_config(args: argparse.Namespace, unstated: object) -> ServeConfig:
+    """The config from vLLM's parsed arguments; `unstated` marks what neither flag nor file set."""
+    base = args.base_model or args.model_tag or (args.model if args.model is not unstated else None)
+    return ServeConfig(
+        adapters=tuple(args.adapters),
+        modules=tuple(
+            AdapterSource(module.name, module.path) for module in args.lora_modules or ()
+        ),
+        base_model=base,
+        strict=args.strict,
+        port=args.port,
+        stated={
+            name: getattr(args, name) for name in INFERRED if getattr(args, name) is not unstated
+        },
+    )

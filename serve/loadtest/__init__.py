@@ -1,0 +1,1 @@
+"""The load test: workload (seeded), client (timestamps only), stats (pure), report."""

@@ -1,0 +1,111 @@
+"""`vllm-lora loadtest`, or `python -m serve.loadtest`: a closed loop against a running server."""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import dataclasses
+import json
+import os
+import sys
+from collections.abc import Sequence
+
+import openai
+from rich.table import Table
+from tqdm import tqdm
+
+from serve.chat import DEFAULT_URL
+from serve.loadtest.client import run_closed_loop
+from serve.loadtest.stats import Percentiles, Summary, summarise_run
+from serve.loadtest.workload import plan_requests
+from serve.screen import screen
+from vllm_lora_ext.errors import ServerFailed, ServerUnreachable, VllmLoraError
+
+
+def served_models(url: str, api_key: str) -> list[str]:
+    """Names from `/v1/models`: the base first, then the adapters.
+
+    Raises:
+        ServerUnreachable, ServerFailed: there is no server, or it refuses.
+    """
+    client = openai.OpenAI(base_url=f"{url.rstrip('/')}/v1", api_key=api_key, max_retries=0)
+    try:
+        return [model.id for model in client.models.list()]
+    except openai.APIConnectionError as error:
+        raise ServerUnreachable(
+            url, "no server answers", "Start one with `vllm-lora serve`, or give --url."
+        ) from error
+    except openai.APIStatusError as error:
+        raise ServerFailed(
+            url, f"answers HTTP {error.status_code}", "Is OPENAI_API_KEY set?"
+        ) from error
+
+
+def report_table(summaries: Sequence[Summary], title: str) -> Table:
+    """One row per model, the whole run last. Times in milliseconds."""
+    table = Table(
+        "model", "done", "errors", "TTFT p50", "p99", "TPOT p50", "p99", "E2EL p50", "p99",
+        "tok/s", "req/s", title=title,
+    )  # fmt: skip
+    for item in summaries:
+        cells = [cell for value in (item.ttft, item.tpot, item.e2el) for cell in _cells(value)]
+        errors = ", ".join(f"{count} x {kind}" for kind, count in item.errors.items()) or "0"
+        rates = f"{item.output_tokens_per_s:.1f}", f"{item.requests_per_s:.2f}"
+        table.add_row(item.name, str(item.completed), errors, *cells, *rates)
+    return table
+
+
+def _cells(value: Percentiles | None) -> tuple[str, str]:
+    return (f"{value.p50_ms:.1f}", f"{value.p99_ms:.1f}") if value else ("-", "-")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the load and print the report; 1 when no request came back whole."""
+    parser = argparse.ArgumentParser(
+        prog="vllm-lora loadtest",
+        description="Closed loop: so many requests in flight, all models in turn.",
+        allow_abbrev=False,
+    )
+    parser.add_argument("--url", default=os.environ.get("VLLM_LORA_URL", DEFAULT_URL))
+    parser.add_argument("--models", nargs="+", metavar="NAME", help="default: all that are served")
+    parser.add_argument("--num-requests", type=int, default=64)
+    parser.add_argument("--max-concurrency", type=int, default=8)
+    parser.add_argument("--prompt-words", type=int, default=16)
+    parser.add_argument("--max-tokens", type=int, default=32)
+    parser.add_argument("--timeout", type=float, default=120.0, help="seconds for one request")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--json", action="store_true", help="print the figures as JSON")
+    args = parser.parse_args(argv)
+    key = os.environ.get("OPENAI_API_KEY", "-")
+    models = args.models or served_models(args.url, key)
+    requests = plan_requests(
+        models, args.num_requests, args.prompt_words, args.max_tokens, args.seed
+    )
+    with tqdm(total=len(requests), desc="load test", unit="req") as bar:
+        run = run_closed_loop(
+            args.url,
+            key,
+            requests,
+            args.max_concurrency,
+            args.timeout,
+            lambda: bar.update() and None,
+        )
+        summaries = summarise_run(asyncio.run(run))
+    if args.json:
+        print(json.dumps([dataclasses.asdict(item) for item in summaries], indent=2))
+    else:
+        title = (
+            f"{args.num_requests} requests, {args.max_concurrency} in flight, "
+            f"{args.prompt_words} words in, {args.max_tokens} tokens out"
+        )
+        screen(stderr=False).print(report_table(summaries, title))
+    return 0 if summaries and summaries[-1].completed else 1
+
+
+if __name__ == "__main__":
+    try:
+        code = main()
+    except VllmLoraError as error:
+        print(f"error: {error}", file=sys.stderr)
+        code = error.exit_code
+    sys.exit(code)

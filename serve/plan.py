@@ -1,0 +1,72 @@
+"""What the server is started with: each value that the user did not state, inferred with its reason. Pure."""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from vllm_lora_ext.spec import AdapterSpec, allowed_rank
+
+MIN_MAX_LORA_RANK = 32
+MAX_SLOTS = 8
+
+
+@dataclass(frozen=True)
+class Inferred:
+    """One value for one of vLLM's settings (`name` as in its Python API), and why."""
+
+    name: str
+    value: Any
+    reason: str
+
+
+def infer(
+    specs: Sequence[AdapterSpec], num_remote: int, public_name: str, stated: Mapping[str, Any]
+) -> list[Inferred]:
+    """Values for what `stated` leaves open; what the user states always wins.
+
+    `specs` are the admitted adapters; `num_remote` counts those that vLLM will
+    fetch itself, of unknown rank.
+    """
+    count = len(specs) + num_remote
+    largest = max([spec.max_rank for spec in specs], default=0)
+    slots = stated.get("max_loras") or max(1, min(count, MAX_SLOTS))
+    rank = allowed_rank(max(largest, MIN_MAX_LORA_RANK))
+    values = [
+        Inferred("host", "127.0.0.1", "this machine only, unless --host says otherwise"),
+        Inferred("served_model_name", [public_name], "the base model's public name, never a path"),
+        Inferred("enable_lora", True, "adapters were asked for"),
+        Inferred(
+            "max_lora_rank",
+            rank,
+            f"largest admitted rank is {largest or 'unknown'}, at least {MIN_MAX_LORA_RANK} for later ones",
+        ),
+        Inferred("max_loras", slots, f"{count} adapters, at most {MAX_SLOTS} in one batch"),
+        Inferred(
+            "max_cpu_loras", max(count, slots), "all adapters stay in memory, none is re-read"
+        ),
+    ]
+    return [value for value in values if value.name not in stated]
+
+
+def flag_of(item: Inferred) -> str:
+    """The value as it is written on a command line."""
+    flag = f"--{item.name.replace('_', '-')}"
+    values = item.value if isinstance(item.value, list) else [item.value]
+    return flag if item.value is True else shlex.join([flag, *map(str, values)])
+
+
+def plain_command(
+    base_model: str,
+    inferred: Sequence[Inferred],
+    modules: Sequence[tuple[str, str]],
+    passed_on: Sequence[str],
+) -> str:
+    """The `vllm serve` line that does the same, as far as plain vLLM can."""
+    line = [shlex.join(["vllm", "serve", base_model]), *map(flag_of, inferred)]
+    line += [shlex.join(passed_on)] if passed_on else []
+    if modules:
+        line.append(shlex.join(["--lora-modules", *(f"{name}={path}" for name, path in modules)]))
+    return " ".join(line)

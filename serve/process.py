@@ -1,0 +1,134 @@
+"""A `vllm-lora serve` process: started, waited for, and stopped with everything that it started."""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from types import TracebackType
+
+from vllm_lora_ext.errors import ServerFailed
+
+_COMMAND = [sys.executable, "-P", "-c", "from vllm_lora_ext.packages import command_line as run; raise SystemExit(run())"]  # fmt: skip
+_TAIL_LINES = 30
+
+
+def free_port() -> int:
+    """A TCP port of this machine that nobody listens on right now."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port: int = probe.getsockname()[1]
+        return port
+
+
+class ServerProcess:
+    """Use it as a context manager: ready on entry, gone on exit, whatever happens in between.
+
+    The server runs in a process group of its own, so a Ctrl+C in the terminal
+    reaches only its owner, and the whole group can be ended at once.
+    """
+
+    def __init__(
+        self,
+        arguments: Sequence[str],
+        log: Path,
+        env: Mapping[str, str] | None = None,
+        ready_timeout_s: float = 300.0,
+        cwd: Path | None = None,
+    ) -> None:
+        self.port = free_port()
+        self.url = f"http://127.0.0.1:{self.port}"
+        self.log = log
+        self._arguments = ["serve", *arguments, "--port", str(self.port)]
+        self._env = {**os.environ, **(env or {})}
+        self._ready_timeout_s = ready_timeout_s
+        self._cwd = cwd
+        self._process: subprocess.Popen[bytes] | None = None
+
+    def __enter__(self) -> ServerProcess:
+        self.log.parent.mkdir(parents=True, exist_ok=True)
+        with self.log.open("wb") as output:
+            self._process = subprocess.Popen(
+                [*_COMMAND, *self._arguments],
+                stdin=subprocess.DEVNULL,
+                stdout=output,
+                stderr=subprocess.STDOUT,
+                env=self._env,
+                cwd=self._cwd,
+                start_new_session=True,
+            )
+        try:
+            self._wait_until_ready()
+        except BaseException:
+            self.stop()
+            raise
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.stop()
+
+    @property
+    def pid(self) -> int:
+        """Process id of the server, which is its process group's as well."""
+        assert self._process is not None, "the server was not started"
+        return self._process.pid
+
+    def is_gone(self) -> bool:
+        """Whether no process of the server's group is left."""
+        try:
+            os.killpg(self.pid, 0)
+        except ProcessLookupError:
+            return True
+        return False
+
+    def stop(self, signum: int = signal.SIGTERM, timeout_s: float = 30.0) -> int:
+        """Ask the server to stop, wait for its whole group, end by force what is left; its exit code."""
+        assert self._process is not None, "the server was not started"
+        if self._process.poll() is None:
+            self._process.send_signal(signum)
+        deadline = time.monotonic() + timeout_s
+        while not self.is_gone() and time.monotonic() < deadline:
+            self._process.poll()  # collect it, else its group stays
+            time.sleep(0.05)
+        if not self.is_gone():
+            os.killpg(self.pid, signal.SIGKILL)
+        return self._process.wait()
+
+    def _wait_until_ready(self) -> None:
+        assert self._process is not None
+        deadline = time.monotonic() + self._ready_timeout_s
+        while time.monotonic() < deadline:
+            if self._process.poll() is not None:
+                raise ServerFailed(
+                    "the server",
+                    f"ended with exit code {self._process.returncode} before it was ready",
+                    f"Its last lines ({self.log}):\n{self._log_tail()}",
+                )
+            try:
+                with urllib.request.urlopen(f"{self.url}/ready", timeout=5) as answer:
+                    if answer.status == 200:
+                        return
+            except (urllib.error.URLError, OSError):
+                pass
+            time.sleep(0.2)
+        raise ServerFailed(
+            "the server",
+            f"was not ready after {self._ready_timeout_s:.0f} s",
+            f"Its last lines ({self.log}):\n{self._log_tail()}",
+        )
+
+    def _log_tail(self) -> str:
+        lines = self.log.read_text(encoding="utf-8", errors="replace").splitlines()
+        return "\n".join(lines[-_TAIL_LINES:])
