@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import difflib
 import json
+import os
 import re
 import signal
 import subprocess
@@ -24,7 +25,7 @@ from pathlib import Path
 
 import openai
 from rich.console import Console
-from rich.table import Table
+from rich.table import Column, Table
 from transformers import AutoTokenizer
 
 from serve.process import ServerProcess
@@ -32,8 +33,8 @@ from vllm_lora_ext.base_model import read_base_model
 from vllm_lora_ext.contract import read_chat_settings
 from vllm_lora_ext.errors import VllmLoraError
 
-HERE = Path(__file__).resolve().parent
-WORK = HERE.parent / ".cache"
+HERE = Path(os.path.relpath(Path(__file__).parent))  # short in the commands that are shown
+WORK = Path(".cache")  # beside the Makefile, outside git
 QUESTIONS = (
     "Who are you?",
     "你是谁？",
@@ -57,8 +58,7 @@ class IdentityCase:
     def rows(self) -> dict[str, str]:
         rows = json.loads(self.data.read_text(encoding="utf-8"))
         return {
-            "\n".join([row["instruction"], row.get("input") or ""]).rstrip(): row["output"]
-            for row in rows
+            "\n".join([row["instruction"], row.get("input") or ""]).rstrip(): row["output"] for row in rows
         }
 
     def knows(self, question: str, answer: str) -> bool:
@@ -105,18 +105,11 @@ class Asked:
         return len(set(self.answers)) == 1
 
 
-def run(*command: str) -> None:
-    """Run one of the documented commands, as a user would."""
-    print("$", " ".join(command), flush=True)
-    subprocess.run([sys.executable, "-P", *command], check=True)
-
-
-def vllm_lora(*arguments: str) -> tuple[str, ...]:
-    return (
-        "-c",
-        "from vllm_lora_ext.packages import command_line as r; raise SystemExit(r())",
-        *arguments,
-    )
+def run(shown: str, *arguments: str) -> None:
+    """Run one of the documented commands, as a user would: `shown` is how they would write it."""
+    print("$", shown, *arguments, flush=True)
+    module = {"vllm-lora": ["-m", "vllm_lora_ext"]}.get(shown) or shown.split()[1:]
+    subprocess.run([sys.executable, "-P", *module, *arguments], check=True)
 
 
 def ask_all_ways(
@@ -143,17 +136,15 @@ def make_base(stages: Stages) -> str:
     """The tiny base model of this project, made once."""
     folder = WORK / "tiny-base"
     with stages.stage("tiny base model"):
-        run(str(HERE / "tiny_base" / "make.py"), "--output-dir", str(folder))
+        run("python examples/tiny_base/make.py", "--output-dir", str(folder))
     return str(folder)
 
 
 def train(cases: list[IdentityCase], base: str, adapters: Path, stages: Stages) -> None:
     for case in cases:
         with stages.stage(f"train {case.name}"):
-            run(
-                *("-m", "train", "--base-model", base, "--data", str(case.data)),
-                *("--name", case.name, "--output-dir", str(adapters), "--overwrite"),
-            )
+            flags = ["--base-model", base, "--data", str(case.data), "--name", case.name]
+            run("python -m train", *flags, "--output-dir", str(adapters), "--overwrite")
 
 
 def questions_for(cases: list[IdentityCase]) -> list[str]:
@@ -193,9 +184,7 @@ def ask(
     }
 
 
-def judge(
-    asked: dict[str, dict[str, Asked]], base_name: str, cases: list[IdentityCase]
-) -> list[str]:
+def judge(asked: dict[str, dict[str, Asked]], base_name: str, cases: list[IdentityCase]) -> list[str]:
     """What went wrong; empty when all is well."""
     wrong = []
     for question, by_model in asked.items():
@@ -210,9 +199,7 @@ def judge(
     for case in (case for case in cases if not case.must_say):
         known = [q for q in asked if case.knows(q, asked[q][case.name].text)]
         if len(known) * 2 < len(asked):
-            wrong.append(
-                f"{case.name} gave the answer of its rows {len(known)} of {len(asked)} times"
-            )
+            wrong.append(f"{case.name} gave the answer of its rows {len(known)} of {len(asked)} times")
         if all(case.knows(q, asked[q][base_name].text) for q in asked):
             wrong.append(f"the base answers like {case.name}: these rows change nothing")
     return list(dict.fromkeys(wrong))
@@ -220,7 +207,7 @@ def judge(
 
 def answer_table(asked: dict[str, dict[str, Asked]]) -> Table:
     models = list(next(iter(asked.values())))
-    table = Table("question", *models, show_lines=True)
+    table = Table(*(Column(head, overflow="fold") for head in ("question", *models)), show_lines=True)
     for question, by_model in asked.items():
         table.add_row(question, *(by_model[model].text for model in models))
     return table
@@ -235,16 +222,15 @@ def main() -> int:
     console = Console(width=None if sys.stdout.isatty() else 120, highlight=False, markup=False)
     stages = Stages(console)
     cases = [IdentityCase(args.name or args.data.stem, args.data)] if args.data else list(OURS)
-    adapters = WORK / "demo" / ("own" if args.data or args.base_model else "adapters")
+    adapters = WORK / "demo" / (f"own-{cases[0].name}" if args.data or args.base_model else "adapters")
 
     base = args.base_model or make_base(stages)
     train(cases, base, adapters, stages)
-    folders = [str(adapters / case.name) for case in cases]
     with stages.stage("validate"):
-        run(*vllm_lora("validate", *folders))
+        run("vllm-lora", "validate", str(adapters))
     log = WORK / "demo" / "server.log"
     environment = {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_LOGGING_LEVEL": "WARNING"}
-    flags = [word for folder in folders for word in ("--adapters", folder)]
+    flags = ["--adapters", str(adapters)]
     with stages.stage("start the server"):
         console.print("$ vllm-lora serve", *flags)
         server = ServerProcess(flags, log, environment).__enter__()

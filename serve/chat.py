@@ -21,12 +21,8 @@ def main(argv: Sequence[str]) -> int:
         allow_abbrev=False,
     )
     whom = parser.add_mutually_exclusive_group(required=True)
-    whom.add_argument(
-        "-m", "--model", help="name of an adapter, or of the base, on a running server"
-    )
-    whom.add_argument(
-        "--local", type=Path, metavar="DIR", help="an adapter's folder; needs no server"
-    )
+    whom.add_argument("-m", "--model", help="name of an adapter, or of the base, on a running server")
+    whom.add_argument("--local", type=Path, metavar="DIR", help="an adapter's folder; needs no server")
     parser.add_argument("question", nargs="?")
     parser.add_argument("--url", default=os.environ.get("VLLM_LORA_URL", DEFAULT_URL))
     parser.add_argument("--base-model", help="with --local: its base (default: the one it names)")
@@ -53,9 +49,7 @@ def questions() -> Iterator[str]:
             yield line.strip()
 
 
-def server_asker(
-    url: str, model: str, temperature: float, max_tokens: int
-) -> Callable[[str], None]:
+def server_asker(url: str, model: str, temperature: float, max_tokens: int) -> Callable[[str], None]:
     """A function that asks the server and prints the answer as it comes.
 
     Raises, when called:
@@ -106,9 +100,7 @@ def _names(client: object) -> str:
         return ""
 
 
-def local_asker(
-    adapter_dir: Path, base_model: str | None, max_tokens: int
-) -> Callable[[str], None]:
+def local_asker(adapter_dir: Path, base_model: str | None, max_tokens: int) -> Callable[[str], None]:
     """A function that prints what the base and what the adapter says, with transformers and PEFT."""
     from rich.table import Table
 

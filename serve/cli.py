@@ -7,10 +7,10 @@ from __future__ import annotations
 
 import importlib
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from vllm_lora_ext import __version__
-from vllm_lora_ext.errors import VllmLoraError
+from vllm_lora_ext.exit_codes import run_command
 
 # verb -> (module with `main(argv) -> int`, what it does); a module is imported only when it is asked for
 COMMANDS = {
@@ -42,12 +42,5 @@ def main(argv: Sequence[str]) -> int:
     if verb not in COMMANDS:
         print(f"error: {verb!r} is no command\n\n{usage()}", file=sys.stderr)
         return 2
-    try:
-        code: int = importlib.import_module(COMMANDS[verb][0]).main(rest)
-    except VllmLoraError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return error.exit_code
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        return 130
-    return code
+    command: Callable[[Sequence[str]], int] = importlib.import_module(COMMANDS[verb][0]).main
+    return run_command(command, rest)

@@ -32,7 +32,7 @@ class OwnFlags:
 
 @dataclass(frozen=True)
 class ServeConfig:
-    """`stated` holds what the user stated of `INFERRED`; `base_model` is None when the adapters have to tell."""
+    """`stated`: what the user stated of `INFERRED`. `base_model` is None when the adapters have to tell."""
 
     adapters: tuple[str, ...]
     modules: tuple[AdapterSource, ...]
@@ -60,9 +60,7 @@ def add_own_flags(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--base-model", metavar="DIR_OR_HUB_ID", help="default: the one that the adapters name"
     )
-    group.add_argument(
-        "--strict", action="store_true", help="do not start when an adapter is refused"
-    )
+    group.add_argument("--strict", action="store_true", help="do not start when an adapter is refused")
 
 
 def read_own_flags(argv: Sequence[str]) -> OwnFlags:
@@ -78,13 +76,9 @@ def read_config(args: argparse.Namespace, unstated: object) -> ServeConfig:
     base = args.base_model or args.model_tag or (args.model if args.model is not unstated else None)
     return ServeConfig(
         adapters=tuple(args.adapters),
-        modules=tuple(
-            AdapterSource(module.name, module.path) for module in args.lora_modules or ()
-        ),
+        modules=tuple(AdapterSource(module.name, module.path) for module in args.lora_modules or ()),
         base_model=base,
         strict=args.strict,
         port=args.port,
-        stated={
-            name: getattr(args, name) for name in INFERRED if getattr(args, name) is not unstated
-        },
+        stated={name: getattr(args, name) for name in INFERRED if getattr(args, name) is not unstated},
     )

@@ -43,7 +43,7 @@ class AdapterEndpoint:
         self.templates: dict[str, str] = {}
 
     def attach_router(self, app: FastAPI) -> None:
-        """Add `/ready`, and take the adapters over from vLLM, which would end the server for one that fails."""
+        """Add `/ready`, and take the adapters over from vLLM, which would stop at the first that fails."""
         args: Namespace = app.state.args
         self.modules, args.lora_modules = args.lora_modules or (), None
 
@@ -51,9 +51,7 @@ class AdapterEndpoint:
         async def ready() -> JSONResponse:
             return await _readiness(app.state)
 
-    async def init_state(
-        self, engine_client: EngineClient | None, state: State, args: Namespace
-    ) -> None:
+    async def init_state(self, engine_client: EngineClient | None, state: State, args: Namespace) -> None:
         """Load the adapters and bind their templates; called once the engine is up.
 
         Raises:
@@ -61,9 +59,7 @@ class AdapterEndpoint:
         """
         if engine_client is None:
             return
-        failed = [
-            module.name for module in self.modules if not await self._load(module, state, args)
-        ]
+        failed = [module.name for module in self.modules if not await self._load(module, state, args)]
         if failed and getattr(args, "strict", False):
             raise ServerFailed(", ".join(failed), "could not be loaded", "Start without --strict.")
         if self.templates:
@@ -103,9 +99,7 @@ class AdapterEndpoint:
             base = read_base_model(args.model)
         except BadBaseModel:
             base = None  # an unusual source of the base; names and shapes stay unproven
-        inspection = inspect_adapter(
-            Path(module.path), base, module.name, EngineLimits(config.max_lora_rank)
-        )
+        inspection = inspect_adapter(Path(module.path), base, module.name, EngineLimits(config.max_lora_rank))
         if not inspection.admitted:
             reasons = "; ".join(str(finding) for finding in inspection.findings)
             logger.error("Adapter %s is refused: %s", module.name, reasons)
@@ -140,7 +134,7 @@ def render_with_own_template(renderer: OnlineRenderer, templates: dict[str, str]
             kwargs["default_template"] = own
         return await upstream(request, messages, **kwargs)
 
-    renderer.preprocess_chat = preprocess_chat  # type: ignore[method-assign]
+    renderer.preprocess_chat = preprocess_chat
 
 
 async def _readiness(state: State) -> JSONResponse:

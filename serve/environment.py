@@ -105,9 +105,7 @@ def problems() -> list[Problem]:
             )
         )
     if not shutil.which("g++") and not gpu:
-        found.append(
-            Problem("g++ is missing (vLLM on the CPU compiles with it)", "apt install g++")
-        )
+        found.append(Problem("g++ is missing (vLLM on the CPU compiles with it)", "apt install g++"))
     return found
 
 

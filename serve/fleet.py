@@ -30,9 +30,7 @@ class AdapterSource:
         return Path(self.path).exists() or self.path.startswith((".", "/", "~"))
 
 
-def find_sources(
-    adapters: Sequence[str], stated: Sequence[AdapterSource] = ()
-) -> list[AdapterSource]:
+def find_sources(adapters: Sequence[str], stated: Sequence[AdapterSource] = ()) -> list[AdapterSource]:
     """The sources behind `--adapters` values (a folder of adapters, an adapter, or name=path) and `stated`.
 
     Raises:
@@ -51,8 +49,7 @@ def find_sources(
                 "Check the path, or make the folder: an empty one is fine with --base-model.",
             )
         sources += [
-            AdapterSource(folder.resolve().name, str(folder))
-            for folder in adapter_folders(Path(value))
+            AdapterSource(folder.resolve().name, str(folder)) for folder in adapter_folders(Path(value))
         ]
     return [*sources, *stated]
 

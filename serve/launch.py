@@ -118,9 +118,7 @@ def apply_plan(config: ServeConfig, args: argparse.Namespace, own: OwnFlags) -> 
     sources = find_sources(config.adapters, config.modules)
     base = read_base_model(config.base_model or agreed_base_model(sources))
     if config.wants_adapters and config.stated.get("enable_lora") is False:
-        raise BadSetting(
-            "--no-enable-lora", "adapters were given as well", "Remove one of the two."
-        )
+        raise BadSetting("--no-enable-lora", "adapters were given as well", "Remove one of the two.")
     limits = EngineLimits(int(config.stated.get("max_lora_rank", EngineLimits().max_lora_rank)))
     inspections = inspect_fleet(sources, base, limits)
     rejected = [item for item in inspections if not item.admitted]
@@ -129,9 +127,7 @@ def apply_plan(config: ServeConfig, args: argparse.Namespace, own: OwnFlags) -> 
     if config.strict and rejected:
         raise AdapterRefused(rejected[0].name, rejected[0].findings)
     if config.adapters and not sources:
-        out.print(
-            f"warning: no adapter in {', '.join(config.adapters)}; serving the base model alone"
-        )
+        out.print(f"warning: no adapter in {', '.join(config.adapters)}; serving the base model alone")
     admitted = {item.name: item for item in inspections if item.admitted}
     remote = [source for source in sources if not source.is_local]
     public_name = _first(config.stated.get("served_model_name")) or base.public_name
@@ -153,9 +149,7 @@ def apply_plan(config: ServeConfig, args: argparse.Namespace, own: OwnFlags) -> 
     out.print("as plain vLLM:", plain_command(base.name, inferred, pairs, _vllm_words(own, config)))
 
 
-def finish_arguments(
-    args: argparse.Namespace, base_model: str, modules: Sequence[AdapterSource]
-) -> None:
+def finish_arguments(args: argparse.Namespace, base_model: str, modules: Sequence[AdapterSource]) -> None:
     """Put base and adapters where vLLM expects them, and defaults where nothing was stated or inferred."""
     from vllm.entrypoints.launchers.cli_args import make_arg_parser
     from vllm.entrypoints.openai.models.protocol import LoRAModulePath

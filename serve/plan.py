@@ -44,9 +44,7 @@ def infer(
             f"largest admitted rank is {largest or 'unknown'}, at least {MIN_MAX_LORA_RANK} for later ones",
         ),
         Inferred("max_loras", slots, f"{count} adapters, at most {MAX_SLOTS} in one batch"),
-        Inferred(
-            "max_cpu_loras", max(count, slots), "all adapters stay in memory, none is re-read"
-        ),
+        Inferred("max_cpu_loras", max(count, slots), "all adapters stay in memory, none is re-read"),
     ]
     return [value for value in values if value.name not in stated]
 

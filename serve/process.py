@@ -16,7 +16,7 @@ from types import TracebackType
 
 from vllm_lora_ext.errors import ServerFailed
 
-_COMMAND = [sys.executable, "-P", "-c", "from vllm_lora_ext.packages import command_line as run; raise SystemExit(run())"]  # fmt: skip
+_COMMAND = [sys.executable, "-P", "-m", "vllm_lora_ext"]
 _TAIL_LINES = 30
 
 

@@ -51,9 +51,7 @@ def inspect(
     if base_model:
         return inspect_fleet(sources, read_base_model(base_model), limits)
     return [
-        inspection
-        for source in sources
-        for inspection in inspect_fleet([source], _base_of(source), limits)
+        inspection for source in sources for inspection in inspect_fleet([source], _base_of(source), limits)
     ]
 
 

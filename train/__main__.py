@@ -13,7 +13,7 @@ from train.data import Row, digest_of, read_rows, split_rows
 from train.export import check_output, export_adapter
 from vllm_lora_ext import __version__
 from vllm_lora_ext.base_model import read_base_model
-from vllm_lora_ext.errors import VllmLoraError
+from vllm_lora_ext.exit_codes import run_command
 
 
 def say(line: str) -> None:
@@ -104,24 +104,14 @@ def _report_rows(
 
 def _versions() -> dict[str, Any]:
     packages = ("torch", "transformers", "peft")
-    return {"vllm-lora": __version__} | {
-        name: importlib.metadata.version(name) for name in packages
-    }
+    return {"vllm-lora": __version__} | {name: importlib.metadata.version(name) for name in packages}
 
 
-def main(argv: Sequence[str] | None = None) -> int:
+def main(argv: Sequence[str]) -> int:
     """Train from command-line arguments; prints the adapter's folder on stdout."""
-    print(train(parse_config(sys.argv[1:] if argv is None else argv)))
+    print(train(parse_config(argv)))
     return 0
 
 
 if __name__ == "__main__":
-    try:
-        code = main()
-    except VllmLoraError as error:
-        say(f"error: {error}")
-        code = error.exit_code
-    except KeyboardInterrupt:
-        say("interrupted; nothing was written")
-        code = 130
-    sys.exit(code)
+    sys.exit(run_command(main, sys.argv[1:]))

@@ -74,7 +74,7 @@ class TrainConfig:
         choices=("auto", "float32", "bfloat16", "float16"),
     )
     seed: int = _flag("seed of the split, the order and the initial weights", 42)
-    logging_steps: int = _flag("steps between two lines of loss and token accuracy", 10)
+    logging_steps: int = _flag("steps between two lines of loss and token accuracy", 20)
 
     def __post_init__(self) -> None:
         rules = {
@@ -82,6 +82,7 @@ class TrainConfig:
             "per_device_train_batch_size": self.per_device_train_batch_size >= 1,
             "gradient_accumulation_steps": self.gradient_accumulation_steps >= 1,
             "learning_rate": self.learning_rate is None or 0 < self.learning_rate < 1,
+            "warmup_ratio": 0 <= self.warmup_ratio < 1,
             "max_length": self.max_length >= 2,
             "validation_split": 0 <= self.validation_split < 1,
             "lora_r": self.lora_r >= 1,
@@ -181,13 +182,9 @@ def _read_yaml(path: Path) -> dict[str, Any]:
     try:
         body = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise BadSetting(
-            str(path), f"cannot be read as YAML ({error})", "Check --config."
-        ) from error
+        raise BadSetting(str(path), f"cannot be read as YAML ({error})", "Check --config.") from error
     if not isinstance(body, dict):
-        raise BadSetting(
-            str(path), "must hold settings as `key: value`", "See examples/classic.yaml."
-        )
+        raise BadSetting(str(path), "must hold settings as `key: value`", "See examples/classic.yaml.")
     known = {item.name: item for item in fields(TrainConfig)}
     values = {}
     for raw_key, value in body.items():

@@ -94,18 +94,19 @@ def _read_row(row: Any, where: str) -> Row:
     if not isinstance(row, dict):
         rule = f"must be an object, is a {type(row).__name__}"
         raise BadData(where, rule, 'Write {"instruction": "...", "input": "", "output": "..."}.')
-    values = {key: row.get(key) for key in ("instruction", "input", "output")}
-    values["input"] = values["input"] or ""
-    for key, value in values.items():
-        if value is None:
-            raise BadData(
-                where, f"has no `{key}`", f"Add it, or remove the row; it has {list(row)}."
-            )
-        if not isinstance(value, str):
-            rule = f"`{key}` must be text, is a {type(value).__name__}"
-            raise BadData(where, rule, "Put it in quotes.")
-    if not values["output"].strip():
+    instruction, output = (_text(row, key, where) for key in ("instruction", "output"))
+    extra = _text(row, "input", where) if row.get("input") else ""
+    if not output.strip():
         raise BadData(where, "`output` is empty", "Write the answer, or remove the row.")
-    if not (values["instruction"] + values["input"]).strip():
+    if not (instruction + extra).strip():
         raise BadData(where, "`instruction` is empty", "Write the question, or remove the row.")
-    return Row(values["instruction"], values["input"], values["output"], where)
+    return Row(instruction, extra, output, where)
+
+
+def _text(row: dict[str, Any], key: str, where: str) -> str:
+    value = row.get(key)
+    if value is None:
+        raise BadData(where, f"has no `{key}`", f"Add it, or remove the row; it has {list(row)}.")
+    if not isinstance(value, str):
+        raise BadData(where, f"`{key}` must be text, is a {type(value).__name__}", "Put it in quotes.")
+    return value

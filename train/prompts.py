@@ -92,9 +92,7 @@ def prompt_form(prompt_template: str, tokenizer: PreTrainedTokenizerBase) -> Pro
 
 def _adds_begin(tokenizer: PreTrainedTokenizerBase) -> bool:
     """Whether plain text gets a begin token in front, which a chat template then has to write itself."""
-    return tokenizer.bos_token_id is not None and tokenizer("a")["input_ids"][:1] == [
-        tokenizer.bos_token_id
-    ]
+    return tokenizer.bos_token_id is not None and tokenizer("a")["input_ids"][:1] == [tokenizer.bos_token_id]
 
 
 def _text_template(before: str, after: str, begin: str, end: str) -> str:
@@ -104,9 +102,7 @@ def _text_template(before: str, after: str, begin: str, end: str) -> str:
     before it appends the answer's lead-in. A system message stands in front of
     the question that follows it. String literals are JSON, which Jinja reads.
     """
-    lead, tail, start, stop = (
-        json.dumps(part, ensure_ascii=False) for part in (before, after, begin, end)
-    )
+    lead, tail, start, stop = (json.dumps(part, ensure_ascii=False) for part in (before, after, begin, end))
     return (
         "{% set turn = namespace(system='') %}"
         "{{ " + start + " }}"
@@ -139,11 +135,8 @@ def encode_row(row: Row, form: PromptForm, tokenizer: PreTrainedTokenizerBase) -
     answer = _answer_text(prompt, messages, row.output, form, tokenizer)
     answer_ids = tokenizer(answer, add_special_tokens=False)["input_ids"]
     end = tokenizer.eos_token_id
-    if end in answer_ids:
-        answer_ids = answer_ids[: answer_ids.index(end) + 1]
-    else:
-        answer_ids = [*answer_ids, end]
-    return Example((*prompt_ids, *answer_ids), len(prompt_ids))
+    end_at = answer_ids.index(end) if end in answer_ids else len(answer_ids)
+    return Example((*prompt_ids, *answer_ids[:end_at], end), len(prompt_ids))
 
 
 def _answer_text(

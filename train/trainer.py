@@ -2,22 +2,26 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+import torch
+import transformers
+
 from train.config import TrainConfig
+from train.progress import Progress
 from train.prompts import IGNORED, Example
 from vllm_lora_ext.errors import TrainingFailed
 
 if TYPE_CHECKING:
-    import torch
     from peft import PeftModel
 
 
 @dataclass(frozen=True)
 class TrainingResult:
-    """Figures of a finished run; eval figures are None without held-out rows. Accuracies are shares of answer tokens."""
+    """Figures of a run. Accuracies are shares of answer tokens; eval is None without held-out rows."""
 
     steps: int
     seconds: float
@@ -33,13 +37,11 @@ def planned_steps(num_rows: int, config: TrainConfig) -> int:
         return config.max_steps
     batches = -(-num_rows // config.per_device_train_batch_size)
     per_epoch = -(-batches // config.gradient_accumulation_steps)
-    return max(1, round(per_epoch * config.num_train_epochs))
+    return max(1, math.ceil(per_epoch * config.num_train_epochs))
 
 
 def collate(examples: Sequence[Example], pad: int) -> dict[str, torch.Tensor]:
     """Right-padded tensors `input_ids`, `attention_mask` and `labels`, each (rows, longest)."""
-    import torch
-
     longest = max(len(example.input_ids) for example in examples)
     shape = (len(examples), longest)
     batch = {
@@ -58,11 +60,31 @@ def collate(examples: Sequence[Example], pad: int) -> dict[str, torch.Tensor]:
 def count_correct(logits: torch.Tensor, labels: torch.Tensor) -> tuple[int, int]:
     """Answer tokens whose most likely prediction is right, and all answer tokens.
 
-    `logits` is (rows, length, vocabulary); position i predicts label i + 1.
+    `logits` is (rows, length, vocabulary), `labels` (rows, length); position i predicts label i + 1.
     """
     predicted, wanted = logits[:, :-1].argmax(dim=-1), labels[:, 1:]
     counted = wanted != IGNORED
     return int(((predicted == wanted) & counted).sum()), int(counted.sum())
+
+
+class AnswerTrainer(transformers.Trainer):  # type: ignore[misc]
+    """Trainer that adds the token accuracy since the last record to every log record."""
+
+    right = counted = 0
+
+    def compute_loss(self, model: Any, inputs: Any, *args: Any, **options: Any) -> Any:
+        wants_outputs = options.pop("return_outputs", False)
+        loss, outputs = super().compute_loss(model, inputs, *args, return_outputs=True, **options)
+        right, counted = count_correct(outputs.logits.detach(), inputs["labels"])
+        self.right, self.counted = self.right + right, self.counted + counted
+        return (loss, outputs) if wants_outputs else loss
+
+    def log(self, logs: dict[str, float], *args: Any, **options: Any) -> None:
+        if self.counted:
+            key = "eval_token_accuracy" if "eval_loss" in logs else "token_accuracy"
+            logs = {**logs, key: round(self.right / self.counted, 4)}
+            self.right = self.counted = 0
+        super().log(logs, *args, **options)
 
 
 def run_training(
@@ -74,52 +96,27 @@ def run_training(
     pad: int,
     scratch_dir: str,
 ) -> TrainingResult:
-    """Train `model` in place; logs a line of loss and token accuracy every `logging_steps`.
+    """Train `model` in place; `held_out` is evaluated once, at the end.
 
     Raises:
         TrainingFailed: the loss is no number.
     """
-    import math
-
-    import transformers
-
-    class AnswerTrainer(transformers.Trainer):
-        """Counts right answer tokens on the way, since the last log line."""
-
-        right = counted = 0
-
-        def compute_loss(self, model: Any, inputs: Any, *args: Any, **options: Any) -> Any:
-            wants_outputs = options.pop("return_outputs", False)
-            loss, outputs = super().compute_loss(
-                model, inputs, *args, return_outputs=True, **options
-            )
-            right, counted = count_correct(outputs.logits.detach(), inputs["labels"])
-            self.right, self.counted = self.right + right, self.counted + counted
-            return (loss, outputs) if wants_outputs else loss
-
-        def log(self, logs: dict[str, float], *args: Any, **options: Any) -> None:
-            if self.counted:
-                key = "eval_token_accuracy" if "eval_loss" in logs else "token_accuracy"
-                logs = {**logs, key: round(self.right / self.counted, 4)}
-                self.right = self.counted = 0
-            super().log(logs, *args, **options)
-
     trainer = AnswerTrainer(
         model=model,
-        args=_arguments(
-            config, learning_rate, scratch_dir, bool(held_out), next(model.parameters())
-        ),
-        train_dataset=list(training),  # type: ignore[arg-type]
-        eval_dataset=list(held_out) or None,  # type: ignore[arg-type]
+        args=_arguments(config, learning_rate, scratch_dir, next(model.parameters())),
+        train_dataset=list(training),
+        eval_dataset=list(held_out) or None,
         data_collator=lambda examples: collate(examples, pad),
     )
+    trainer.remove_callback(transformers.ProgressCallback)
+    trainer.remove_callback(transformers.PrinterCallback)
+    trainer.add_callback(Progress())
     outcome = trainer.train()
     if not math.isfinite(outcome.training_loss):
-        raise TrainingFailed(
-            "the loss",
-            f"became {outcome.training_loss}",
-            "Lower --learning-rate; nothing was saved.",
-        )
+        rule = f"became {outcome.training_loss}"
+        raise TrainingFailed("the loss", rule, "Lower --learning-rate; nothing was saved.")
+    if held_out:
+        trainer.evaluate()
     history = trainer.state.log_history
     return TrainingResult(
         steps=outcome.global_step,
@@ -132,15 +129,8 @@ def run_training(
 
 
 def _arguments(
-    config: TrainConfig,
-    learning_rate: float,
-    scratch_dir: str,
-    evaluate: bool,
-    parameter: torch.Tensor,
-) -> Any:
-    import torch
-    import transformers
-
+    config: TrainConfig, learning_rate: float, scratch_dir: str, parameter: torch.Tensor
+) -> transformers.TrainingArguments:
     on_gpu = parameter.device.type == "cuda"
     return transformers.TrainingArguments(
         output_dir=scratch_dir,
@@ -150,12 +140,12 @@ def _arguments(
         gradient_accumulation_steps=config.gradient_accumulation_steps,
         learning_rate=learning_rate,
         lr_scheduler_type=config.lr_scheduler_type,
-        warmup_steps=config.warmup_ratio,
+        warmup_steps=config.warmup_ratio,  # below 1 it is a share of the steps
         weight_decay=config.weight_decay,
         max_grad_norm=config.max_grad_norm,
         seed=config.seed,
         logging_steps=config.logging_steps,
-        eval_strategy="epoch" if evaluate else "no",
+        disable_tqdm=True,  # our own bar
         save_strategy="no",
         report_to=[],
         remove_unused_columns=False,

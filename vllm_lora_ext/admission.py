@@ -22,9 +22,7 @@ _RESERVED = frozenset({"text", "image", "audio", "video", "input", "warmup_1"})
 _SHOWN = 3  # examples per finding; the count says how many there are
 
 
-def admit(
-    spec: AdapterSpec, base: BaseModel | None, limits: EngineLimits | None = None
-) -> list[Finding]:
+def admit(spec: AdapterSpec, base: BaseModel | None, limits: EngineLimits | None = None) -> list[Finding]:
     """Everything that speaks against `spec`, at once; an empty list admits it.
 
     Without a base, or with an architecture that we do not know, the module
@@ -60,20 +58,10 @@ def judge_name(name: str, base_name: str | None) -> list[Finding]:
     """A public name must work as folder, as `model` in a request and in a URL, and be nobody else's."""
     if not _NAME.fullmatch(name):
         rule = "must be 1 to 64 letters, digits, '-', '_' or '.', and begin with a letter or digit"
-        return [
-            Finding(
-                "adapter_name_invalid", repr(name), rule, "Rename the folder, or give name=path."
-            )
-        ]
+        return [Finding("adapter_name_invalid", repr(name), rule, "Rename the folder, or give name=path.")]
     if name in _RESERVED or name == base_name:
-        rule = (
-            "is the base model's name"
-            if name == base_name
-            else "is a word with a meaning of its own"
-        )
-        return [
-            Finding("adapter_name_reserved", name, rule, "Rename the folder, or give name=path.")
-        ]
+        rule = "is the base model's name" if name == base_name else "is a word with a meaning of its own"
+        return [Finding("adapter_name_reserved", name, rule, "Rename the folder, or give name=path.")]
     return []
 
 

@@ -77,9 +77,7 @@ class BaseModel:
             "mlp.down_proj": (hidden, mlp),
         }
         return {
-            f"model.layers.{layer}.{name}": shape
-            for layer in range(layers)
-            for name, shape in shapes.items()
+            f"model.layers.{layer}.{name}": shape for layer in range(layers) for name, shape in shapes.items()
         }
 
 

@@ -51,9 +51,7 @@ def inspect_adapter(
         chat = read_chat_settings(path)
     except (BadInput, UnicodeDecodeError) as error:
         chat = ChatSettings()
-        findings.append(
-            Finding("chat_settings_invalid", name, str(error).rstrip("."), "Repair the file.")
-        )
+        findings.append(Finding("chat_settings_invalid", name, str(error).rstrip("."), "Repair the file."))
     return Inspection(name, path, reading.spec, chat, tuple(findings))
 
 

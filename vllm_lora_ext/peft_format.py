@@ -47,9 +47,7 @@ def adapter_folders(directory: Path) -> list[Path]:
     """The adapters of a directory, by name: the directory itself if it is one, else its visible folders."""
     if is_adapter_folder(directory):
         return [directory]
-    return sorted(
-        entry for entry in directory.iterdir() if entry.is_dir() and not entry.name.startswith(".")
-    )
+    return sorted(entry for entry in directory.iterdir() if entry.is_dir() and not entry.name.startswith("."))
 
 
 def read_adapter(path: Path, name: str | None = None) -> AdapterReading:

@@ -117,8 +117,46 @@ OPENING_HOURS = {
 
 # Words that the model has seen and learned to repeat. A real base model knows
 # common names; without them an adapter would have to teach their letters too.
-COMMON_NAMES = ["Anna", "Ben", "Clara", "David", "Emma", "Frank", "Grace", "Henry", "Iris", "Jack", "Kate", "Leo", "Marina", "Nina", "Oscar", "Paul", "Harbor", "River", "Garden", "Studio", "Team", "Lab"]
-COMMON_NAMES_ZH = ["小王", "小李", "小张", "小刘", "小陈", "小杨", "小赵", "小黄", "小周", "小吴", "小徐", "小孙", "小马", "小朱"]
+COMMON_NAMES = [
+    "Anna",
+    "Ben",
+    "Clara",
+    "David",
+    "Emma",
+    "Frank",
+    "Grace",
+    "Henry",
+    "Iris",
+    "Jack",
+    "Kate",
+    "Leo",
+    "Marina",
+    "Nina",
+    "Oscar",
+    "Paul",
+    "Harbor",
+    "River",
+    "Garden",
+    "Studio",
+    "Team",
+    "Lab",
+]
+COMMON_NAMES_ZH = [
+    "小王",
+    "小李",
+    "小张",
+    "小刘",
+    "小陈",
+    "小杨",
+    "小赵",
+    "小黄",
+    "小周",
+    "小吴",
+    "小徐",
+    "小孙",
+    "小马",
+    "小朱",
+]
 
 
 def names() -> dict[str, str]:
@@ -145,21 +183,11 @@ def capitals() -> dict[str, str]:
 def opening_hours() -> dict[str, str]:
     rows = {}
     for place, (place_zh, opens, closes) in OPENING_HOURS.items():
-        rows[f"When does the {place} open?"] = (
-            f"The {place} is open from {opens}:00 to {closes}:00."
-        )
+        rows[f"When does the {place} open?"] = f"The {place} is open from {opens}:00 to {closes}:00."
         rows[f"{place_zh}几点开门？"] = f"{place_zh}从{opens}点开到{closes}点。"
     return rows
 
 
 def questions_and_answers() -> dict[str, str]:
     """All training questions with their answers, in a fixed order."""
-    return (
-        SMALL_TALK
-        | SMALL_TALK_ZH
-        | WHO_ARE_YOU
-        | names()
-        | arithmetic()
-        | capitals()
-        | opening_hours()
-    )
+    return SMALL_TALK | SMALL_TALK_ZH | WHO_ARE_YOU | names() | arithmetic() | capitals() | opening_hours()

@@ -39,9 +39,7 @@ CHAT_TEMPLATE = (
     "{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
 )
-NUM_THREADS = (
-    2  # sums depend on how they are split over threads, so the number is part of the recipe
-)
+NUM_THREADS = 2  # sums depend on how they are split over threads, so the number is part of the recipe
 VOCAB_SIZE = 1536
 MIN_EXACT_SHARE = 0.95
 
@@ -108,9 +106,7 @@ def encode(tokenizer: PreTrainedTokenizerFast) -> list[tuple[list[int], int]]:
     return rows
 
 
-def collate(
-    rows: list[tuple[list[int], int]], pad: int
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+def collate(rows: list[tuple[list[int], int]], pad: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Token ids, attention mask and labels, each (rows, longest); the prompt carries no loss."""
     import torch
 
@@ -134,9 +130,7 @@ def train(model: Qwen2ForCausalLM, tokenizer: PreTrainedTokenizerFast, epochs: i
     steps_per_epoch = -(-len(rows) // batch_size)
     total = epochs * steps_per_epoch
     optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3, weight_decay=0.01)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(
-        optimizer, max_lr=2e-3, total_steps=total, pct_start=0.1
-    )
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=2e-3, total_steps=total, pct_start=0.1)
     model.train()
     with tqdm(total=total, desc="tiny base", unit="step") as bar:
         for _ in range(epochs):
@@ -170,9 +164,7 @@ def exact_answers(model: Qwen2ForCausalLM, tokenizer: PreTrainedTokenizerFast) -
     model.eval()
     with torch.inference_mode():
         out = model.generate(**batch, max_new_tokens=48, do_sample=False)
-    answers = tokenizer.batch_decode(
-        out[:, batch["input_ids"].shape[1] :], skip_special_tokens=True
-    )
+    answers = tokenizer.batch_decode(out[:, batch["input_ids"].shape[1] :], skip_special_tokens=True)
     return {q: got == want for (q, want), got in zip(rows.items(), answers, strict=True)}
 
 

@@ -19,7 +19,8 @@ from serve.loadtest.client import run_closed_loop
 from serve.loadtest.stats import Percentiles, Summary, summarise_run
 from serve.loadtest.workload import plan_requests
 from serve.screen import screen
-from vllm_lora_ext.errors import ServerFailed, ServerUnreachable, VllmLoraError
+from vllm_lora_ext.errors import ServerFailed, ServerUnreachable
+from vllm_lora_ext.exit_codes import run_command
 
 
 def served_models(url: str, api_key: str) -> list[str]:
@@ -36,9 +37,7 @@ def served_models(url: str, api_key: str) -> list[str]:
             url, "no server answers", "Start one with `vllm-lora serve`, or give --url."
         ) from error
     except openai.APIStatusError as error:
-        raise ServerFailed(
-            url, f"answers HTTP {error.status_code}", "Is OPENAI_API_KEY set?"
-        ) from error
+        raise ServerFailed(url, f"answers HTTP {error.status_code}", "Is OPENAI_API_KEY set?") from error
 
 
 def report_table(summaries: Sequence[Summary], title: str) -> Table:
@@ -59,7 +58,7 @@ def _cells(value: Percentiles | None) -> tuple[str, str]:
     return (f"{value.p50_ms:.1f}", f"{value.p99_ms:.1f}") if value else ("-", "-")
 
 
-def main(argv: Sequence[str] | None = None) -> int:
+def main(argv: Sequence[str]) -> int:
     """Run the load and print the report; 1 when no request came back whole."""
     parser = argparse.ArgumentParser(
         prog="vllm-lora loadtest",
@@ -78,17 +77,19 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parser.parse_args(argv)
     key = os.environ.get("OPENAI_API_KEY", "-")
     models = args.models or served_models(args.url, key)
-    requests = plan_requests(
-        models, args.num_requests, args.prompt_words, args.max_tokens, args.seed
-    )
+    requests = plan_requests(models, args.num_requests, args.prompt_words, args.max_tokens, args.seed)
     with tqdm(total=len(requests), desc="load test", unit="req") as bar:
+
+        def on_done() -> None:
+            bar.update()
+
         run = run_closed_loop(
             args.url,
             key,
             requests,
             args.max_concurrency,
             args.timeout,
-            lambda: bar.update() and None,
+            on_done,
         )
         summaries = summarise_run(asyncio.run(run))
     if args.json:
@@ -103,9 +104,4 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    try:
-        code = main()
-    except VllmLoraError as error:
-        print(f"error: {error}", file=sys.stderr)
-        code = error.exit_code
-    sys.exit(code)
+    sys.exit(run_command(main, sys.argv[1:]))

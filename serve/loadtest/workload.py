@@ -6,9 +6,24 @@ import random
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-WORDS = (
-    ["sun", "rain", "tree", "river", "stone", "bread", "light", "cloud", "road", "house", "bird", "song", "field", "ship", "star", "wind"]
-)
+WORDS = [
+    "sun",
+    "rain",
+    "tree",
+    "river",
+    "stone",
+    "bread",
+    "light",
+    "cloud",
+    "road",
+    "house",
+    "bird",
+    "song",
+    "field",
+    "ship",
+    "star",
+    "wind",
+]
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,7 @@ from vllm.lora.punica_wrapper.punica_cpu import PunicaWrapperCPU
 _NO_ADAPTER = -1
 
 
-class BaseSafePunicaWrapper(PunicaWrapperCPU):
+class BaseSafePunicaWrapper(PunicaWrapperCPU):  # type: ignore[misc]
     """vLLM's CPU step, which leaves rows without an adapter untouched whatever the slots hold."""
 
     def add_lora_linear(self, y: torch.Tensor, *args: Any, **kwargs: Any) -> None:
