@@ -99,7 +99,7 @@ def run_training(
     """Train `model` in place; `held_out` is evaluated once, at the end.
 
     Raises:
-        TrainingFailed: the loss is no number.
+        TrainingFailed: the loss or a weight is no number.
     """
     trainer = AnswerTrainer(
         model=model,
@@ -112,9 +112,9 @@ def run_training(
     trainer.remove_callback(transformers.PrinterCallback)
     trainer.add_callback(Progress())
     outcome = trainer.train()
-    if not math.isfinite(outcome.training_loss):
-        rule = f"became {outcome.training_loss}"
-        raise TrainingFailed("the loss", rule, "Lower --learning-rate; nothing was saved.")
+    if not (math.isfinite(outcome.training_loss) and _weights_are_finite(model)):
+        fix = "Lower --learning-rate; nothing was saved."
+        raise TrainingFailed("the training", "left the range of numbers (NaN or infinite)", fix)
     if held_out:
         trainer.evaluate()
     history = trainer.state.log_history
@@ -145,6 +145,7 @@ def _arguments(
         max_grad_norm=config.max_grad_norm,
         seed=config.seed,
         logging_steps=config.logging_steps,
+        logging_nan_inf_filter=False,  # a loss that is no number must be seen
         disable_tqdm=True,  # our own bar
         save_strategy="no",
         report_to=[],
@@ -155,6 +156,10 @@ def _arguments(
         fp16=on_gpu and parameter.dtype == torch.float16,
         prediction_loss_only=True,
     )
+
+
+def _weights_are_finite(model: PeftModel) -> bool:
+    return all(bool(p.isfinite().all()) for p in model.parameters() if p.requires_grad)
 
 
 def _last(history: list[dict[str, float]], key: str) -> float | None:

@@ -1,0 +1,139 @@
+"""One prompt form: training ids are the classic script's, and the template renders them again."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from tests.conftest import ROOT
+from train.data import Row, read_rows
+from train.prompts import CLASSIC, IGNORED, PromptForm, encode_row, encode_rows, prompt_form
+from vllm_lora_ext.errors import BadBaseModel, BadData, BadSetting
+
+IDENTITIES = [str(path) for path in sorted((ROOT / "examples" / "identities").glob("*.json"))]
+TEXT = st.text(st.characters(exclude_categories=("Cs",)), max_size=40)
+
+
+def classic_ids(row: Row, tokenizer: Any) -> list[int]:
+    """The classic script, line for line."""
+    prompt = "\n".join(["Human: " + row.instruction, row.input]).strip() + "\n\nAssistant: "
+    return list(tokenizer(prompt)["input_ids"] + tokenizer(row.output + tokenizer.eos_token)["input_ids"])
+
+
+def endpoint_ids(row: Row, form: PromptForm, tokenizer: Any) -> list[int]:
+    """What a chat server renders for this row's question with the adapter's template."""
+    message = {"role": "user", "content": form.message(row)}
+    return list(
+        tokenizer.apply_chat_template(
+            [message], chat_template=form.template, add_generation_prompt=True, return_dict=False
+        )
+    )
+
+
+@pytest.mark.parametrize("template", ["classic", CLASSIC, CLASSIC.replace("\n", "\\n")])
+def test_every_row_has_the_classic_scripts_ids(tokenizer: Any, template: str) -> None:
+    form = prompt_form(template, tokenizer)
+    rows = [*read_rows(IDENTITIES), Row("Add", "1 and 2", "3", ""), Row(" Translate ", " hi\n", "你好", "")]
+    for row in rows:
+        assert list(encode_row(row, form, tokenizer).input_ids) == classic_ids(row, tokenizer)
+
+
+@given(instruction=TEXT, extra=TEXT, output=TEXT.filter(lambda text: "<|" not in text))
+def test_any_text_has_the_classic_scripts_ids(
+    tokenizer: Any, instruction: str, extra: str, output: str
+) -> None:
+    row = Row(instruction, extra, output, "")
+    form = prompt_form("classic", tokenizer)
+    assert list(encode_row(row, form, tokenizer).input_ids) == classic_ids(row, tokenizer)
+
+
+@pytest.mark.parametrize("template", ["chat", "classic", "Q: {instruction}\\nA: ", "{instruction} {input}=>"])
+def test_the_endpoint_renders_the_ids_that_were_trained(tokenizer: Any, template: str) -> None:
+    form = prompt_form(template, tokenizer)
+    for row in read_rows(IDENTITIES):
+        example = encode_row(row, form, tokenizer)
+        assert endpoint_ids(row, form, tokenizer) == list(example.input_ids[: example.prompt_length])
+
+
+@pytest.mark.parametrize("template", ["chat", "classic"])
+def test_the_loss_is_on_the_answer_and_its_end_token_only(tokenizer: Any, template: str) -> None:
+    row = Row("Who are you?", "", "I am 小李.", "")
+    example = encode_row(row, prompt_form(template, tokenizer), tokenizer)
+    answer = example.input_ids[example.prompt_length :]
+    assert answer[-1] == tokenizer.eos_token_id
+    assert tokenizer.decode(answer[:-1]) == "I am 小李."
+    assert example.labels == (IGNORED,) * example.prompt_length + answer
+
+
+def test_an_empty_input_drops_its_line(tokenizer: Any) -> None:
+    form = prompt_form("classic", tokenizer)
+    ids = endpoint_ids(Row("Hello", "", "x", ""), form, tokenizer)
+    assert tokenizer.decode(ids) == "Human: Hello\n\nAssistant: "
+
+
+def test_a_conversation_keeps_its_turns_and_its_system_message(tokenizer: Any) -> None:
+    messages = [
+        {"role": "system", "content": "Be kind."},
+        {"role": "user", "content": "Hi"},
+        {"role": "assistant", "content": "Hello!"},
+        {"role": "user", "content": "Bye"},
+    ]
+    form = prompt_form("classic", tokenizer)
+    text = tokenizer.apply_chat_template(messages, chat_template=form.template, tokenize=False)
+    assert text == (
+        f"Be kind.\n\nHuman: Hi\n\nAssistant: Hello!{tokenizer.eos_token}Human: Bye\n\nAssistant: "
+    )
+
+
+def test_quotes_braces_and_emoji_in_a_template_survive(tokenizer: Any) -> None:
+    form = prompt_form("'\"问 😀 {instruction}\\n{input}\\n\\n答:", tokenizer)
+    ids = endpoint_ids(Row("a", "b", "c", ""), form, tokenizer)
+    assert tokenizer.decode(ids) == "'\"问 😀 a\nb\n\n答:"
+
+
+@pytest.mark.parametrize("template", ["no slot", "{input}{instruction}", "{instruction}\nInput: {input}"])
+def test_a_text_that_a_chat_message_cannot_fill_is_refused(tokenizer: Any, template: str) -> None:
+    with pytest.raises(BadSetting, match="--prompt-template"):
+        prompt_form(template, tokenizer)
+
+
+def test_a_base_without_a_template_says_so(recipe: Any) -> None:
+    bare = recipe.make_tokenizer()
+    bare.chat_template = None
+    with pytest.raises(BadBaseModel, match="no chat template"):
+        prompt_form("chat", bare)
+
+
+def test_a_tokenizer_with_a_begin_token_gets_it_from_the_template(recipe: Any) -> None:
+    from tokenizers.processors import TemplateProcessing
+
+    tokenizer = recipe.make_tokenizer()
+    tokenizer.bos_token = "<|im_start|>"
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
+        single="<|im_start|> $A", special_tokens=[("<|im_start|>", tokenizer.bos_token_id)]
+    )
+    example = encode_row(Row("Hi", "", "Hello", ""), prompt_form("classic", tokenizer), tokenizer)
+    assert (
+        list(example.input_ids[: example.prompt_length]) == tokenizer("Human: Hi\n\nAssistant: ")["input_ids"]
+    )
+    assert example.input_ids.count(tokenizer.bos_token_id) == 1
+
+
+def test_rows_that_are_too_long_are_left_out_whole(tokenizer: Any) -> None:
+    rows = [Row("short", "", "yes", "row 1"), Row("long " * 300, "", "no", "row 2")]
+    examples, too_long = encode_rows(rows, prompt_form("chat", tokenizer), tokenizer, 64)
+    assert len(examples) == 1
+    assert too_long == [rows[1]]
+    with pytest.raises(BadData, match="--max-length 4"):
+        encode_rows(rows, prompt_form("chat", tokenizer), tokenizer, 4)
+
+
+def test_the_shipped_identities_are_what_the_readme_promises() -> None:
+    for path in IDENTITIES:
+        body = json.loads((ROOT / path).read_text(encoding="utf-8"))
+        assert len(body) >= 40
+        assert all(set(row) == {"instruction", "input", "output"} for row in body)

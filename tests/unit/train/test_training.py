@@ -1,0 +1,175 @@
+"""A real, very small training run: what it writes, and what it leaves alone when it may not write."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+import torch
+
+from tests.conftest import ROOT
+from train.__main__ import train
+from train.answers import LocalChat
+from train.config import TrainConfig
+from train.export import finished_folder
+from train.merge import merge
+from train.prompts import Example
+from train.trainer import collate, count_correct, planned_steps
+from vllm_lora_ext.base_model import read_base_model
+from vllm_lora_ext.contract import read_chat_settings
+from vllm_lora_ext.errors import BadBaseModel, BadData, BadSetting, OutputExists, TrainingFailed
+from vllm_lora_ext.inspection import inspect_adapter
+
+DATA = str(ROOT / "examples" / "identities" / "xiaoli.json")
+Config = Callable[..., TrainConfig]
+
+
+@pytest.fixture(scope="module")
+def random_base(tmp_path_factory: pytest.TempPathFactory, recipe: ModuleType) -> str:
+    """The tiny base before its training: right in form, random in weights."""
+    folder = tmp_path_factory.mktemp("random") / "base"
+    tokenizer = recipe.make_tokenizer()
+    recipe.make_model(tokenizer, seed=0).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return str(folder)
+
+
+@pytest.fixture
+def config(random_base: str, tmp_path: Path) -> Config:
+    def make(**changes: Any) -> TrainConfig:
+        settings: dict[str, Any] = {
+            "base_model": random_base,
+            "data": (DATA,),
+            "name": "xiaoli",
+            "output_dir": str(tmp_path / "adapters"),
+            "max_steps": 2,
+            **changes,
+        }
+        return TrainConfig(**settings)
+
+    return make
+
+
+def test_a_run_writes_a_folder_that_admission_takes(
+    config: Config, random_base: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    settings = config()
+    folder = Path(train(settings))
+    inspection = inspect_adapter(folder, read_base_model(random_base))
+    assert (inspection.state, inspection.chat.state) == ("admitted", "trained")
+    assert read_chat_settings(folder).template == json_template(random_base)
+    provenance = json.loads((folder / "identity.json").read_text())["provenance"]
+    assert (provenance["seed"], provenance["data"]["rows"]) == (42, 91)
+    assert [path.name for path in folder.parent.iterdir()] == ["xiaoli"]
+    told = capsys.readouterr().err
+    assert "trainable parameters" in told
+    assert "steps = 82 rows x 20 epochs / 4 = 2" in told
+    assert "token accuracy" in told
+
+
+def json_template(base: str) -> str:
+    return (Path(base) / "chat_template.jinja").read_text()
+
+
+def test_the_same_seed_gives_the_same_weights(config: Config) -> None:
+    one, two = (Path(train(config(name=name))) for name in ("one", "two"))
+    weights = "adapter_model.safetensors"
+    assert (one / weights).read_bytes() == (two / weights).read_bytes()
+
+
+def test_an_adapter_is_replaced_only_when_asked(config: Config) -> None:
+    folder = Path(train(config()))
+    before = (folder / "adapter_model.safetensors").read_bytes()
+    with pytest.raises(OutputExists, match="--overwrite"):
+        train(config(seed=1))
+    assert (folder / "adapter_model.safetensors").read_bytes() == before
+    train(config(seed=1, overwrite=True))
+    assert (folder / "adapter_model.safetensors").read_bytes() != before
+    assert [path.name for path in folder.parent.iterdir()] == ["xiaoli"]
+
+
+def test_a_folder_that_is_not_ours_is_never_replaced(config: Config, tmp_path: Path) -> None:
+    mine = tmp_path / "adapters" / "xiaoli"
+    mine.mkdir(parents=True)
+    (mine / "holiday.jpg").write_text("precious")
+    with pytest.raises(OutputExists, match="not written by this tool"):
+        train(config(overwrite=True))
+    assert (mine / "holiday.jpg").read_text() == "precious"
+
+
+@pytest.mark.parametrize(
+    ("changes", "error"),
+    [
+        ({"base_model": str(ROOT / "docs")}, BadBaseModel),
+        ({"base_model": "./nowhere"}, BadBaseModel),
+        ({"target_modules": ("no_such_module",)}, BadSetting),
+        ({"max_length": 4}, BadData),
+        ({"data": ("nowhere.json",)}, BadData),
+        ({"learning_rate": 0.99, "lora_alpha": 1e30, "max_grad_norm": 1e30, "max_steps": 8}, TrainingFailed),
+    ],
+)
+def test_a_run_that_cannot_work_writes_nothing(
+    config: Config, tmp_path: Path, changes: dict[str, Any], error: type[Exception]
+) -> None:
+    with pytest.raises(error):
+        train(config(**changes))
+    assert not list((tmp_path / "adapters").glob("**/*"))
+
+
+def test_a_failed_write_leaves_the_old_folder(tmp_path: Path) -> None:
+    folder = tmp_path / "x"
+    folder.mkdir()
+    (folder / "old").touch()
+    with pytest.raises(OSError, match="disk full"), finished_folder(folder) as staging:
+        (staging / "half").touch()
+        raise OSError("disk full")
+    assert [path.name for path in tmp_path.iterdir()] == ["x"]
+    assert [path.name for path in folder.iterdir()] == ["old"]
+
+
+def test_base_and_adapter_answer_side_by_side(config: Config) -> None:
+    answers = LocalChat(Path(train(config(learning_rate=0.05, max_steps=12)))).ask("Who are you?", 8)
+    assert answers.base != answers.adapter
+
+
+def test_a_merged_model_computes_what_base_and_adapter_compute(config: Config, tmp_path: Path) -> None:
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM
+
+    settings = config(learning_rate=0.05, max_steps=12)
+    folder, out = Path(train(settings)), tmp_path / "merged"
+    merge(folder, None, out)
+    ids = torch.arange(20)[None]
+    base = AutoModelForCausalLM.from_pretrained(settings.base_model)
+    with torch.inference_mode():
+        alone = base(ids).logits
+        adapted = PeftModel.from_pretrained(base, str(folder))(ids).logits
+        merged = AutoModelForCausalLM.from_pretrained(out)(ids).logits
+    torch.testing.assert_close(merged, adapted, atol=1e-3, rtol=1e-3)
+    assert not torch.allclose(merged, alone, atol=1e-1)
+    with pytest.raises(OutputExists):
+        merge(folder, None, out)
+
+
+def test_steps_are_rows_times_epochs_over_batch(config: Config) -> None:
+    assert planned_steps(82, config(max_steps=-1)) == 21 * 20
+    assert planned_steps(82, config(max_steps=-1, gradient_accumulation_steps=2)) == 11 * 20
+    assert planned_steps(3, config(max_steps=-1, num_train_epochs=0.5)) == 1
+    assert planned_steps(82, config(max_steps=7)) == 7
+
+
+def test_padding_carries_neither_attention_nor_loss() -> None:
+    batch = collate([Example((5, 6, 7), 1), Example((8, 9), 1)], pad=0)
+    assert batch["input_ids"].tolist() == [[5, 6, 7], [8, 9, 0]]
+    assert batch["attention_mask"].tolist() == [[1, 1, 1], [1, 1, 0]]
+    assert batch["labels"].tolist() == [[-100, 6, 7], [-100, 9, -100]]
+
+
+def test_accuracy_counts_answer_tokens_only() -> None:
+    logits = torch.nn.functional.one_hot(torch.tensor([[1, 2, 3, 0]]), 4).float()
+    labels = torch.tensor([[-100, -100, 2, 0]])
+    assert count_correct(logits, labels) == (1, 2)

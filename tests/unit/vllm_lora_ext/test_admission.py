@@ -1,0 +1,224 @@
+"""What admission says of adapters: each broken rule by its code, all of them at once."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from tests.conftest import BASE_CONFIG, lora_tensors
+from vllm_lora_ext.admission import judge_name
+from vllm_lora_ext.base_model import BaseModel
+from vllm_lora_ext.errors import AdapterRefused
+from vllm_lora_ext.inspection import Inspection, inspect_adapter, require_admitted
+from vllm_lora_ext.spec import EngineLimits, allowed_rank
+
+BASE = BaseModel("base", BASE_CONFIG)
+STEM = "base_model.model.model.layers.0.self_attn.q_proj"
+MakeAdapter = Callable[..., Path]
+
+
+def codes(inspection: Inspection) -> set[str]:
+    return {finding.code for finding in inspection.findings}
+
+
+def test_a_fitting_adapter_is_admitted_without_a_word(make_adapter: MakeAdapter) -> None:
+    inspection = inspect_adapter(make_adapter(), BASE)
+    assert inspection.state == "admitted"
+    assert inspection.findings == ()
+    assert require_admitted(inspection).max_rank == 8
+
+
+@pytest.mark.parametrize(
+    ("config", "code"),
+    [
+        ({"peft_type": "IA3"}, "peft_type_unsupported"),
+        ({"peft_type": None}, "peft_type_unsupported"),
+        ({"r": 0}, "rank_invalid"),
+        ({"r": True}, "rank_invalid"),
+        ({"r": 8.5}, "rank_invalid"),
+        ({"r": "8"}, "rank_invalid"),
+        ({"lora_alpha": None}, "alpha_invalid"),
+        ({"lora_alpha": -1}, "alpha_invalid"),
+        ({"lora_alpha": float("nan")}, "alpha_invalid"),
+        ({"use_dora": True}, "feature_unsupported"),
+        ({"bias": "all"}, "feature_unsupported"),
+        ({"modules_to_save": ["lm_head"]}, "feature_unsupported"),
+        ({"init_lora_weights": "pissa"}, "init_unsupported"),
+        ({"r": 4}, "rank_mismatch"),
+    ],
+)
+def test_a_config_that_cannot_be_served_is_refused(
+    make_adapter: MakeAdapter, config: dict[str, Any], code: str
+) -> None:
+    inspection = inspect_adapter(make_adapter(**config), BASE)
+    assert code in codes(inspection)
+    assert not inspection.admitted
+
+
+@pytest.mark.parametrize("init", [True, False, None, "gaussian", "eva", "orthogonal"])
+def test_initialisations_that_leave_the_base_alone_are_served(make_adapter: MakeAdapter, init: Any) -> None:
+    assert inspect_adapter(make_adapter(init_lora_weights=init), BASE).state == "admitted"
+
+
+@pytest.mark.parametrize(
+    ("change", "code"),
+    [
+        ({f"{STEM}.lora_A.weight": np.zeros((8, 32), np.float32)}, "shape_mismatch"),
+        ({f"{STEM}.lora_A.weight": np.zeros((8, 128), np.float32)}, "shape_mismatch"),
+        ({f"{STEM}.lora_B.weight": np.zeros((8, 1), np.float32)}, "shape_mismatch"),
+        ({f"{STEM}.lora_A.weight": np.zeros((8,), np.float32)}, "shape_mismatch"),
+        ({f"{STEM}.lora_B.weight": None}, "pair_incomplete"),
+        ({"base_model.model.lm_head.weight": np.zeros((2, 2), np.float32)}, "module_unknown"),
+    ],
+)
+def test_weights_that_do_not_fit_are_refused(
+    make_adapter: MakeAdapter, change: dict[str, Any], code: str
+) -> None:
+    tensors = {name: value for name, value in (lora_tensors() | change).items() if value is not None}
+    inspection = inspect_adapter(make_adapter(tensors=tensors), BASE)
+    assert code in codes(inspection)
+    assert not inspection.admitted
+
+
+def test_an_adapter_that_matches_nothing_is_refused_and_says_where_it_was_trained(
+    make_adapter: MakeAdapter,
+) -> None:
+    renamed = {name.replace("model.layers", "h"): value for name, value in lora_tensors().items()}
+    folder = make_adapter(tensors=renamed, base_model_name_or_path="other/model")
+    (finding,) = inspect_adapter(folder, BASE).findings
+    assert finding.code == "module_unknown"
+    assert "0 of 14" in finding.rule
+    assert "other/model" in finding.fix
+
+
+def test_one_finding_tells_how_many_modules_break_the_same_rule(make_adapter: MakeAdapter) -> None:
+    smaller = BaseModel("smaller", {**BASE_CONFIG, "hidden_size": 32, "intermediate_size": 48})
+    findings = inspect_adapter(make_adapter(), smaller).findings
+    assert [finding.code for finding in findings] == ["shape_mismatch"]
+    assert "(and 27 more)" in findings[0].rule
+
+
+def test_layers_beyond_the_base_are_refused(make_adapter: MakeAdapter) -> None:
+    inspection = inspect_adapter(make_adapter(tensors=lora_tensors(layers=3)), BASE)
+    assert codes(inspection) == {"module_unknown"}
+
+
+def test_fewer_layers_than_the_base_are_fine(make_adapter: MakeAdapter) -> None:
+    assert inspect_adapter(make_adapter(tensors=lora_tensors(layers=1)), BASE).state == "admitted"
+
+
+def test_a_rank_pattern_is_the_rank_of_its_modules(make_adapter: MakeAdapter) -> None:
+    tensors = lora_tensors()
+    for layer in range(2):
+        stem = f"base_model.model.model.layers.{layer}.self_attn.q_proj"
+        tensors[f"{stem}.lora_A.weight"] = np.zeros((16, 64), np.float32)
+        tensors[f"{stem}.lora_B.weight"] = np.zeros((64, 16), np.float32)
+    inspection = inspect_adapter(make_adapter(tensors=tensors, rank_pattern={"q_proj": 16}), BASE)
+    assert inspection.state == "admitted"
+    assert require_admitted(inspection).max_rank == 16
+
+
+def test_a_rank_above_the_engines_says_which_flag_to_raise(make_adapter: MakeAdapter) -> None:
+    folder = make_adapter(tensors=lora_tensors(rank=40), r=40)
+    (finding,) = inspect_adapter(folder, BASE, limits=EngineLimits(32)).findings
+    assert finding.code == "rank_too_large"
+    assert "--max-lora-rank 64" in finding.fix
+
+
+def test_an_unknown_architecture_is_left_to_the_engine(make_adapter: MakeAdapter) -> None:
+    inspection = inspect_adapter(make_adapter(), BaseModel("odd", {"model_type": "mamba"}))
+    assert inspection.state == "unproven"
+    assert inspection.admitted
+
+
+def test_a_broken_folder_tells_everything_at_once(tmp_path: Path) -> None:
+    folder = tmp_path / "broken"
+    folder.mkdir()
+    (folder / "adapter_config.json").write_text('{"r": ')
+    (folder / "adapter_model.bin").write_bytes(b"pickle")
+    inspection = inspect_adapter(folder, BASE)
+    assert codes(inspection) == {"config_not_json", "pickle_refused"}
+    with pytest.raises(AdapterRefused, match=r"config_not_json.*pickle_refused"):
+        require_admitted(inspection)
+
+
+@pytest.mark.parametrize(
+    ("config", "code"),
+    [
+        (None, "config_missing"),
+        (b"", "config_not_json"),
+        (b"\xff\xfe", "config_not_json"),
+        (b"[" * 100_000, "config_not_json"),
+        (b"[]", "config_not_object"),
+        (b" " * (1 << 20) + b"{} ", "config_too_large"),
+    ],
+)
+def test_a_config_that_is_none_is_named(make_adapter: MakeAdapter, config: bytes | None, code: str) -> None:
+    folder = make_adapter()
+    (folder / "adapter_config.json").unlink()
+    if config is not None:
+        (folder / "adapter_config.json").write_bytes(config)
+    assert code in codes(inspect_adapter(folder, BASE))
+
+
+@pytest.mark.parametrize("content", [b"", b"\x00" * 7, b"\xff" * 64, (1 << 60).to_bytes(8, "little")])
+def test_weights_that_are_no_safetensors_file_are_refused(make_adapter: MakeAdapter, content: bytes) -> None:
+    folder = make_adapter()
+    (folder / "adapter_model.safetensors").write_bytes(content)
+    assert codes(inspect_adapter(folder, BASE)) == {"weights_corrupt"}
+
+
+def test_weights_cut_short_are_refused(make_adapter: MakeAdapter) -> None:
+    folder = make_adapter()
+    weights = folder / "adapter_model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-100])
+    assert codes(inspect_adapter(folder, BASE)) == {"weights_corrupt"}
+
+
+def test_missing_weights_and_missing_folders_are_named(make_adapter: MakeAdapter, tmp_path: Path) -> None:
+    folder = make_adapter()
+    (folder / "adapter_model.safetensors").unlink()
+    assert codes(inspect_adapter(folder, BASE)) == {"weights_missing"}
+    assert codes(inspect_adapter(tmp_path / "nowhere", BASE)) == {"adapter_missing"}
+
+
+def test_an_adapter_without_tensors_is_refused(make_adapter: MakeAdapter) -> None:
+    assert "adapter_empty" in codes(inspect_adapter(make_adapter(tensors={}), BASE))
+
+
+@pytest.mark.parametrize(
+    "name", ["", ".", "..", "../x", "/etc", "a/b", "a\\b", "a\n", "a\0", "x" * 65, "%2e%2e", "a@b", " a"]
+)
+def test_names_that_could_mean_something_else_are_refused(name: str) -> None:
+    assert [finding.code for finding in judge_name(name, None)] == ["adapter_name_invalid"]
+
+
+@pytest.mark.parametrize("name", ["text", "image", "audio", "video", "input", "warmup_1", "base"])
+def test_reserved_names_are_refused(name: str) -> None:
+    assert [finding.code for finding in judge_name(name, "base")] == ["adapter_name_reserved"]
+
+
+@pytest.mark.parametrize("name", ["xiaoli", "小李", "v1.2", "a-b_c"])
+def test_ordinary_names_are_fine(name: str) -> None:
+    assert judge_name(name, "base") == []
+
+
+def test_a_rank_is_rounded_up_to_one_that_vllm_allocates() -> None:
+    assert [allowed_rank(rank) for rank in (1, 2, 16, 33, 300, 512, 513)] == [1, 8, 16, 64, 320, 512, None]
+
+
+def test_broken_chat_settings_refuse_the_adapter(make_adapter: MakeAdapter) -> None:
+    folder = make_adapter()
+    (folder / "chat_template.jinja").write_text("{{ messages }}")
+    (folder / "identity.json").write_text("{")
+    assert codes(inspect_adapter(folder, BASE)) == {"chat_settings_invalid"}
+
+
+def test_findings_are_data(make_adapter: MakeAdapter) -> None:
+    (finding,) = inspect_adapter(make_adapter(peft_type="IA3"), BASE).findings
+    assert json.dumps({"code": finding.code}) and str(finding).startswith("[peft_type_unsupported]")

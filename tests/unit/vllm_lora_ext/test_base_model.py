@@ -1,0 +1,78 @@
+"""A base model is what its config says, whatever it is called."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from tests.conftest import BASE_CONFIG, SHAPES
+from vllm_lora_ext.base_model import BaseModel, read_base_model
+from vllm_lora_ext.errors import BadBaseModel
+
+
+def test_shapes_follow_from_the_config(base_folder: Path) -> None:
+    shapes = read_base_model(str(base_folder)).module_shapes()
+    assert shapes is not None
+    assert len(shapes) == 2 * len(SHAPES)
+    assert {
+        name.removeprefix("model.layers.1."): shape for name, shape in shapes.items() if ".1." in name
+    } == SHAPES
+
+
+def test_shapes_are_those_of_the_real_model() -> None:
+    from transformers import Qwen2Config, Qwen2ForCausalLM
+
+    model = Qwen2ForCausalLM(Qwen2Config(**BASE_CONFIG))
+    real = {
+        name: (module.out_features, module.in_features)
+        for name, module in model.named_modules()
+        if name.endswith("_proj")
+    }
+    assert BaseModel("x", BASE_CONFIG).module_shapes() == real
+
+
+def test_a_head_dim_of_its_own_counts() -> None:
+    shapes = BaseModel("x", {**BASE_CONFIG, "model_type": "qwen3", "head_dim": 32}).module_shapes()
+    assert shapes is not None
+    assert shapes["model.layers.0.self_attn.q_proj"] == (128, 64)
+    assert shapes["model.layers.0.self_attn.o_proj"] == (64, 128)
+
+
+def test_an_unknown_architecture_has_no_shapes() -> None:
+    assert BaseModel("x", {"model_type": "mamba"}).module_shapes() is None
+    assert BaseModel("x", {"model_type": "qwen2"}).module_shapes() is None
+
+
+def test_the_fingerprint_ignores_names_and_sees_sizes() -> None:
+    one = BaseModel("here", BASE_CONFIG)
+    assert one.fingerprint == BaseModel("there", {**BASE_CONFIG, "_name_or_path": "x"}).fingerprint
+    assert one.fingerprint != BaseModel("here", {**BASE_CONFIG, "hidden_size": 128}).fingerprint
+
+
+def test_the_public_name_is_never_a_path(base_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert read_base_model(str(base_folder)).public_name == "base"
+    monkeypatch.chdir(base_folder)
+    assert read_base_model(".").public_name == "base"
+    assert BaseModel("Qwen/Qwen2-0.5B-Instruct", {}).public_name == "Qwen/Qwen2-0.5B-Instruct"
+
+
+@pytest.mark.parametrize("content", [None, "{", "[]"])
+def test_a_folder_that_is_no_model_is_refused(tmp_path: Path, content: str | None) -> None:
+    if content is not None:
+        (tmp_path / "config.json").write_text(content)
+    with pytest.raises(BadBaseModel, match=r"config\.json"):
+        read_base_model(str(tmp_path))
+
+
+def test_a_path_that_is_not_there_is_not_taken_for_a_hub_id() -> None:
+    with pytest.raises(BadBaseModel, match="no such folder"):
+        read_base_model("./models/nowhere")
+
+
+def test_a_hub_id_is_read_from_the_cache(monkeypatch: pytest.MonkeyPatch, base_folder: Path) -> None:
+    import huggingface_hub
+
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", lambda name, file: str(base_folder / file))
+    assert read_base_model("org/model").config == json.loads((base_folder / "config.json").read_text())
