@@ -109,7 +109,7 @@ def test_a_folder_that_is_not_ours_is_never_replaced(config: Config, tmp_path: P
         ({"target_modules": ("no_such_module",)}, BadSetting),
         ({"max_length": 4}, BadData),
         ({"data": ("nowhere.json",)}, BadData),
-        ({"learning_rate": 0.99, "lora_alpha": 1e30, "max_grad_norm": 1e30, "max_steps": 8}, TrainingFailed),
+        ({"lora_alpha": 1e45}, TrainingFailed),
     ],
 )
 def test_a_run_that_cannot_work_writes_nothing(

@@ -1,0 +1,99 @@
+"""Before vLLM is imported: the environment, our own flags, the port, and no vLLM at all."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import socket
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from serve import launch
+from serve.config import read_own_flags
+from vllm_lora_ext.contract import ChatSettings
+from vllm_lora_ext.errors import BadSetting, MissingPackage, PortInUse
+
+
+@pytest.fixture(autouse=True)
+def own_environment() -> Iterator[None]:
+    """What a test sets in the environment is gone after it."""
+    before = dict(os.environ)
+    for name in ("VLLM_PLUGINS", "VLLM_CPU_NUM_OF_RESERVED_CPU", "PYTHONSAFEPATH"):
+        os.environ.pop(name, None)
+    yield
+    os.environ.clear()
+    os.environ.update(before)
+
+
+def test_plugins_are_added_to_and_never_replaced() -> None:
+    os.environ["VLLM_PLUGINS"] = "theirs,other"
+    launch.prepare_environment()
+    assert os.environ["VLLM_PLUGINS"] == "other,theirs,vllm_lora"
+
+
+def test_without_a_list_everything_that_loads_by_itself_still_does() -> None:
+    launch.prepare_environment()
+    assert "vllm_lora" in os.environ["VLLM_PLUGINS"].split(",")
+    if importlib.util.find_spec("vllm"):
+        assert "lora_filesystem_resolver" in os.environ["VLLM_PLUGINS"].split(",")
+
+
+def test_what_the_user_set_stays(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "cpu_count", lambda: 2)
+    launch.prepare_environment()
+    assert os.environ["VLLM_CPU_NUM_OF_RESERVED_CPU"] == "0"
+    os.environ["VLLM_CPU_NUM_OF_RESERVED_CPU"] = "1"
+    launch.prepare_environment()
+    assert os.environ["VLLM_CPU_NUM_OF_RESERVED_CPU"] == "1"
+
+
+def test_a_large_machine_keeps_vllms_reserved_core(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "cpu_count", lambda: 32)
+    launch.prepare_environment()
+    assert "VLLM_CPU_NUM_OF_RESERVED_CPU" not in os.environ
+
+
+def test_an_absent_folder_is_told_before_anything_is_loaded(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(launch, "require_vllm", lambda: None)
+    monkeypatch.setattr(launch, "parse_with_vllm", lambda argv: pytest.fail("vLLM was loaded"))
+    with pytest.raises(BadSetting, match="no such folder"):
+        launch.main(["--adapters", str(tmp_path / "nowhere")])
+
+
+def test_no_vllm_says_how_to_get_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(MissingPackage, match="make setup"):
+        launch.main([])
+
+
+def test_our_flags_are_taken_out_and_all_others_are_left_in_order() -> None:
+    argv = ["base", "--adapters", "a", "--max-loras", "4", "--adapters=x=b", "--strict", "--port", "1"]
+    own = read_own_flags(argv)
+    assert own.adapters == ("a", "x=b")
+    assert own.strict
+    assert own.passed_on == ("base", "--max-loras", "4", "--port", "1")
+
+
+def test_a_port_in_use_is_told_with_its_number() -> None:
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        with pytest.raises(PortInUse, match=f"port {port}.*--port"):
+            launch.check_port("127.0.0.1", port, by_file=False)
+        launch.check_port("127.0.0.1", port, by_file=True)
+    launch.check_port("127.0.0.1", port, by_file=False)
+
+
+def test_a_stated_template_gives_way_to_a_trained_one_only() -> None:
+    from serve.endpoint import template_to_use
+
+    trained, foreign = ChatSettings("t", trained=True), ChatSettings("f")
+    assert template_to_use(trained, None) == template_to_use(trained, "stated.jinja") == "t"
+    assert template_to_use(foreign, None) == "f"
+    assert template_to_use(foreign, "stated.jinja") is None
+    assert template_to_use(ChatSettings(), None) is None
