@@ -16,7 +16,7 @@ from types import TracebackType
 
 from vllm_lora_ext.errors import ServerFailed
 
-_COMMAND = [sys.executable, "-P", "-m", "vllm_lora_ext"]
+SERVE = (sys.executable, "-P", "-m", "vllm_lora_ext", "serve")
 _TAIL_LINES = 30
 
 
@@ -42,11 +42,12 @@ class ServerProcess:
         env: Mapping[str, str] | None = None,
         ready_timeout_s: float = 300.0,
         cwd: Path | None = None,
+        command: Sequence[str] = SERVE,
     ) -> None:
         self.port = free_port()
         self.url = f"http://127.0.0.1:{self.port}"
         self.log = log
-        self._arguments = ["serve", *arguments, "--port", str(self.port)]
+        self._command = [*command, *arguments, "--port", str(self.port)]
         self._env = {**os.environ, **(env or {})}
         self._ready_timeout_s = ready_timeout_s
         self._cwd = cwd
@@ -56,7 +57,7 @@ class ServerProcess:
         self.log.parent.mkdir(parents=True, exist_ok=True)
         with self.log.open("wb") as output:
             self._process = subprocess.Popen(
-                [*_COMMAND, *self._arguments],
+                self._command,
                 stdin=subprocess.DEVNULL,
                 stdout=output,
                 stderr=subprocess.STDOUT,

@@ -101,3 +101,23 @@ def recipe() -> ModuleType:
 def tokenizer(recipe: ModuleType) -> Any:
     """The tiny base's tokenizer: byte-level BPE, ChatML template, no begin token."""
     return recipe.make_tokenizer()
+
+
+def adapter_for(shapes: dict[str, tuple[int, int]], rank: int, folder: Path, base_model: str) -> Path:
+    """A PEFT folder with zero matrices for `shapes` (module -> (out_features, in_features))."""
+    folder.mkdir(parents=True)
+    tensors = {}
+    for module, (out_features, in_features) in shapes.items():
+        tensors[f"base_model.model.{module}.lora_A.weight"] = np.zeros((rank, in_features), np.float32)
+        tensors[f"base_model.model.{module}.lora_B.weight"] = np.zeros((out_features, rank), np.float32)
+    save_file(tensors, folder / "adapter_model.safetensors")
+    config = {
+        "peft_type": "LORA",
+        "base_model_name_or_path": base_model,
+        "r": rank,
+        "lora_alpha": rank,
+        "bias": "none",
+        "target_modules": sorted({module.split(".")[-1] for module in shapes}),
+    }
+    (folder / "adapter_config.json").write_text(json.dumps(config))
+    return folder
