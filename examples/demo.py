@@ -153,7 +153,8 @@ def questions_for(cases: list[IdentityCase]) -> list[str]:
         return list(QUESTIONS)
     asked = [question for case in cases for question in case.rows()]
     about = [question for question in asked if ABOUT_IDENTITY.search(question)]
-    return list(dict.fromkeys([*about[:4], *asked]))[:6]
+    others = [question for question in asked if question not in about]
+    return list(dict.fromkeys([*about[:4], *others[:2]]))
 
 
 def ask(
@@ -229,7 +230,7 @@ def main() -> int:
     with stages.stage("validate"):
         run("vllm-lora", "validate", str(adapters))
     log = WORK / "demo" / "server.log"
-    environment = {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_LOGGING_LEVEL": "WARNING"}
+    environment = {"VLLM_LOGGING_LEVEL": "WARNING"}
     flags = ["--adapters", str(adapters)]
     with stages.stage("start the server"):
         console.print("$ vllm-lora serve", *flags)

@@ -17,6 +17,8 @@ INFERRED = (
     "max_lora_rank",
     "max_loras",
     "max_cpu_loras",
+    "kv_cache_memory_bytes",
+    "gpu_memory_utilization",
 )
 
 

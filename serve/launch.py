@@ -17,7 +17,7 @@ from serve.fleet import (
     fleet_table,
     inspect_fleet,
 )
-from serve.plan import flag_of, infer, plain_command
+from serve.plan import flag_of, infer_adapters, infer_kv_cache, infer_server, plain_command
 from serve.screen import screen
 from vllm_lora_ext.base_model import read_base_model
 from vllm_lora_ext.errors import AdapterRefused, BadSetting, MissingPackage, PortInUse
@@ -115,38 +115,47 @@ def apply_plan(config: ServeConfig, args: argparse.Namespace, own: OwnFlags) -> 
         AdapterRefused: with --strict, when any adapter is refused.
     """
     out = screen()
-    sources = find_sources(config.adapters, config.modules)
-    base = read_base_model(config.base_model or agreed_base_model(sources))
     if config.wants_adapters and config.stated.get("enable_lora") is False:
         raise BadSetting("--no-enable-lora", "adapters were given as well", "Remove one of the two.")
+    sources = find_sources(config.adapters, config.modules)
+    base = read_base_model(config.base_model or agreed_base_model(sources))
     limits = EngineLimits(int(config.stated.get("max_lora_rank", EngineLimits().max_lora_rank)))
     inspections = inspect_fleet(sources, base, limits)
-    rejected = [item for item in inspections if not item.admitted]
     if inspections:
         out.print(fleet_table(inspections))
-    if config.strict and rejected:
-        raise AdapterRefused(rejected[0].name, rejected[0].findings)
+    for item in inspections:
+        if config.strict and not item.admitted:
+            raise AdapterRefused(item.name, item.findings)
     if config.adapters and not sources:
         out.print(f"warning: no adapter in {', '.join(config.adapters)}; serving the base model alone")
     admitted = {item.name: item for item in inspections if item.admitted}
     remote = [source for source in sources if not source.is_local]
-    public_name = _first(config.stated.get("served_model_name")) or base.public_name
-    inferred = infer(
-        [item.spec for item in admitted.values() if item.spec],
-        len(remote),
-        public_name,
-        config.stated,
-    )
-    if not config.wants_adapters:
-        inferred = [item for item in inferred if item.name in ("host", "served_model_name")]
-    for item in inferred:
-        setattr(args, item.name, item.value)
-        out.print(f"{flag_of(item)}: {item.reason}")
-    modules = [AdapterSource(item.name, str(item.path.resolve())) for item in admitted.values()]
-    finish_arguments(args, base.name, [*modules, *remote])
+    inferred = infer_server(base.public_name, config.stated)
+    if config.wants_adapters:
+        specs = [item.spec for item in admitted.values() if item.spec]
+        inferred += infer_adapters(specs, len(remote), config.stated)
+    if (free := free_memory_of_cpu_platform()) is not None:
+        inferred += infer_kv_cache(free, config.stated)
+    for value in inferred:
+        setattr(args, value.name, value.value)
+        out.print(f"{flag_of(value)}: {value.reason}")
+    local = [AdapterSource(item.name, str(item.path.resolve())) for item in admitted.values()]
+    modules = [*local, *remote]
+    finish_arguments(args, base.name, modules)
     check_port(str(args.host or ""), args.port, bool(args.uds))
-    pairs = [(module.name, module.path) for module in (*modules, *remote)]
+    pairs = [(module.name, module.path) for module in modules]
     out.print("as plain vLLM:", plain_command(base.name, inferred, pairs, _vllm_words(own, config)))
+
+
+def free_memory_of_cpu_platform() -> int | None:
+    """Bytes free for a server on the CPU; None on another device, or where the user has set the KV cache."""
+    from vllm.platforms import current_platform
+
+    if not current_platform.is_cpu() or os.environ.get("VLLM_CPU_KVCACHE_SPACE"):
+        return None
+    import psutil
+
+    return int(psutil.virtual_memory().available)
 
 
 def finish_arguments(args: argparse.Namespace, base_model: str, modules: Sequence[AdapterSource]) -> None:
@@ -206,9 +215,3 @@ def _vllm_words(own: OwnFlags, config: ServeConfig) -> list[str]:
             stop += 1
         words = words[:start] + words[stop:]
     return words
-
-
-def _first(names: object) -> str | None:
-    if isinstance(names, list) and names:
-        return str(names[0])
-    return str(names) if isinstance(names, str) and names else None

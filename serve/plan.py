@@ -11,6 +11,7 @@ from vllm_lora_ext.spec import AdapterSpec, allowed_rank
 
 MIN_MAX_LORA_RANK = 32
 MAX_SLOTS = 8
+MAX_CPU_KV_CACHE_BYTES = 4 << 30
 
 
 @dataclass(frozen=True)
@@ -22,10 +23,32 @@ class Inferred:
     reason: str
 
 
-def infer(
-    specs: Sequence[AdapterSpec], num_remote: int, public_name: str, stated: Mapping[str, Any]
+def infer_server(public_name: str, stated: Mapping[str, Any]) -> list[Inferred]:
+    """Values that any server needs, with adapters or without; what the user states always wins."""
+    values = [
+        Inferred("host", "127.0.0.1", "this machine only, unless --host says otherwise"),
+        Inferred("served_model_name", [public_name], "the base model's public name, never a path"),
+    ]
+    return _unstated(values, stated)
+
+
+def infer_kv_cache(available_bytes: int, stated: Mapping[str, Any]) -> list[Inferred]:
+    """Memory for the KV cache on the CPU.
+
+    vLLM asks for 92 % of all memory there, and ends when other programs use
+    more than the rest.
+    """
+    if "gpu_memory_utilization" in stated:
+        return []
+    size = min(available_bytes // 4, MAX_CPU_KV_CACHE_BYTES)
+    reason = f"a quarter of the {available_bytes / 2**30:.1f} GiB that are free, at most 4 GiB"
+    return _unstated([Inferred("kv_cache_memory_bytes", size, reason)], stated)
+
+
+def infer_adapters(
+    specs: Sequence[AdapterSpec], num_remote: int, stated: Mapping[str, Any]
 ) -> list[Inferred]:
-    """Values for what `stated` leaves open; what the user states always wins.
+    """Room for the adapters; what the user states always wins.
 
     `specs` are the admitted adapters; `num_remote` counts those that vLLM will
     fetch itself, of unknown rank.
@@ -35,8 +58,6 @@ def infer(
     slots = stated.get("max_loras") or max(1, min(count, MAX_SLOTS))
     rank = allowed_rank(max(largest, MIN_MAX_LORA_RANK))
     values = [
-        Inferred("host", "127.0.0.1", "this machine only, unless --host says otherwise"),
-        Inferred("served_model_name", [public_name], "the base model's public name, never a path"),
         Inferred("enable_lora", True, "adapters were asked for"),
         Inferred(
             "max_lora_rank",
@@ -46,6 +67,10 @@ def infer(
         Inferred("max_loras", slots, f"{count} adapters, at most {MAX_SLOTS} in one batch"),
         Inferred("max_cpu_loras", max(count, slots), "all adapters stay in memory, none is re-read"),
     ]
+    return _unstated(values, stated)
+
+
+def _unstated(values: Sequence[Inferred], stated: Mapping[str, Any]) -> list[Inferred]:
     return [value for value in values if value.name not in stated]
 
 

@@ -32,7 +32,8 @@ class Progress(transformers.TrainerCallback):  # type: ignore[misc]
         self._bar: tqdm[Any] | None = None
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self._bar = tqdm(total=state.max_steps, desc="training", unit="step", file=sys.stderr)
+        every_s = 0.1 if sys.stderr.isatty() else 10.0  # a log file gets few lines
+        self._bar = tqdm(total=state.max_steps, desc="training", unit="step", mininterval=every_s)
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if self._bar is not None:

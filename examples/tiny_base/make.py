@@ -132,7 +132,8 @@ def train(model: Qwen2ForCausalLM, tokenizer: PreTrainedTokenizerFast, epochs: i
     optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3, weight_decay=0.01)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=2e-3, total_steps=total, pct_start=0.1)
     model.train()
-    with tqdm(total=total, desc="tiny base", unit="step") as bar:
+    every_s = 0.1 if sys.stderr.isatty() else 10.0  # a log file gets few lines
+    with tqdm(total=total, desc="tiny base", unit="step", mininterval=every_s) as bar:
         for _ in range(epochs):
             order = torch.randperm(len(rows)).tolist()
             for start in range(0, len(rows), batch_size):
@@ -144,7 +145,7 @@ def train(model: Qwen2ForCausalLM, tokenizer: PreTrainedTokenizerFast, epochs: i
                 optimizer.step()
                 schedule.step()
                 optimizer.zero_grad(set_to_none=True)
-                bar.set_postfix(loss=f"{loss.item():.4f}")
+                bar.set_postfix(loss=f"{loss.item():.4f}", refresh=False)
                 bar.update()
 
 

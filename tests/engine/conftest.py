@@ -17,7 +17,7 @@ from train.__main__ import main as train
 pytest.importorskip("vllm", reason="vLLM is not installed: real-engine tests need Linux and an extra")
 
 IDENTITY = ROOT / "examples" / "identities" / "xiaoli.json"
-QUIET = {"VLLM_CPU_KVCACHE_SPACE": "1", "HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1"}
+QUIET = {"HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1"}
 DECOY = "raise RuntimeError('the user keeps a file of this name here')\n"
 MIDDLEWARE = """
 class Probe:

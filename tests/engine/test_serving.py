@@ -47,6 +47,7 @@ def test_what_is_inferred_and_the_plain_command_are_printed(server: ServerProces
     log = server.log.read_text(encoding="utf-8")
     assert "--max-lora-rank 32: largest admitted rank is 16" in log
     assert "--host 127.0.0.1" in log
+    assert "--kv-cache-memory-bytes" in log
     assert "--max-loras" not in log.split("as plain vLLM:")[0], "it was stated in the file"
     assert "as plain vLLM: vllm serve" in log
 

@@ -73,6 +73,7 @@ def test_plain_vllm_with_our_plugin_serves_adapters_by_their_own_template(
         *("--lora-modules", f"classic={adapters / 'classic'}", f"large={large}"),
     ]
     environment = {**QUIET, "VLLM_PLUGINS": "vllm_lora", "PYTHONPATH": str(working_folder)}
+    environment["VLLM_CPU_KVCACHE_SPACE"] = "1"
     log = tmp_path / "log"
     with ServerProcess(arguments, log, environment, cwd=working_folder, command=PLAIN_VLLM) as server:
         assert httpx.get(f"{server.url}/ready").json()["adapters"] == ["classic"]

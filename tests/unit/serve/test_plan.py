@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from serve.plan import Inferred, infer, plain_command
+from serve.plan import Inferred, infer_adapters, infer_kv_cache, infer_server, plain_command
 from vllm_lora_ext.spec import AdapterSpec
 
 
@@ -18,9 +18,7 @@ def values(items: list[Inferred]) -> dict[str, Any]:
 
 
 def test_a_small_fleet() -> None:
-    assert values(infer(specs(8, 16), 0, "base", {})) == {
-        "host": "127.0.0.1",
-        "served_model_name": ["base"],
+    assert values(infer_adapters(specs(8, 16), 0, {})) == {
         "enable_lora": True,
         "max_lora_rank": 32,
         "max_loras": 2,
@@ -29,26 +27,40 @@ def test_a_small_fleet() -> None:
 
 
 def test_the_largest_rank_is_rounded_up_to_one_that_vllm_allows() -> None:
-    assert values(infer(specs(8, 100), 0, "base", {}))["max_lora_rank"] == 128
+    assert values(infer_adapters(specs(8, 100), 0, {}))["max_lora_rank"] == 128
 
 
 def test_many_adapters_share_eight_slots_and_all_stay_in_memory() -> None:
-    found = values(infer(specs(*[8] * 20), 0, "base", {}))
+    found = values(infer_adapters(specs(*[8] * 20), 0, {}))
     assert (found["max_loras"], found["max_cpu_loras"]) == (8, 20)
 
 
 def test_no_adapter_yet_still_leaves_room_for_one() -> None:
-    found = values(infer([], 0, "base", {}))
+    found = values(infer_adapters([], 0, {}))
     assert (found["max_loras"], found["max_cpu_loras"], found["max_lora_rank"]) == (1, 1, 32)
+
+
+def test_a_server_is_for_this_machine_and_named_after_its_base() -> None:
+    found = values(infer_server("base", {}))
+    assert found == {"host": "127.0.0.1", "served_model_name": ["base"]}
+
+
+def test_the_kv_cache_takes_a_share_of_what_is_free() -> None:
+    assert values(infer_kv_cache(8 << 30, {})) == {"kv_cache_memory_bytes": 2 << 30}
+    assert values(infer_kv_cache(512 << 30, {})) == {"kv_cache_memory_bytes": 4 << 30}
 
 
 def test_what_the_user_states_wins_and_the_rest_fits_to_it() -> None:
     stated = {"host": "0.0.0.0", "max_loras": 4, "max_lora_rank": 16, "served_model_name": ["m"]}
-    assert values(infer(specs(8), 0, "base", stated)) == {"enable_lora": True, "max_cpu_loras": 4}
+    assert values(infer_adapters(specs(8), 0, stated)) == {"enable_lora": True, "max_cpu_loras": 4}
+    assert infer_server("base", stated) == []
+    assert infer_kv_cache(8 << 30, {"gpu_memory_utilization": 0.5}) == []
+    assert infer_kv_cache(8 << 30, {"kv_cache_memory_bytes": 1}) == []
 
 
 def test_every_value_has_a_reason() -> None:
-    assert all(item.reason for item in infer(specs(8), 1, "base", {}))
+    inferred = [*infer_server("b", {}), *infer_adapters(specs(8), 1, {}), *infer_kv_cache(1, {})]
+    assert all(item.reason for item in inferred)
 
 
 def test_the_plain_command_can_be_pasted() -> None:
