@@ -137,6 +137,8 @@ def main(argv: Sequence[str]) -> int:
     for name, value in facts.items():
         if name != "problems":
             print(f"{name:14} {value or '-'}")
+    if not facts["problems"]:
+        print("nothing is missing")
     for problem in facts["problems"]:
         print(f"missing: {problem['what']}\n  mend it with: {problem['command']}")
     return 1 if facts["problems"] else 0

@@ -45,6 +45,7 @@ def train(config: TrainConfig) -> str:
     from train.trainer import planned_steps, run_training
 
     transformers.utils.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()  # of loading; training has its own
     tokenizer = load_tokenizer(config.base_path)
     form = prompt_form(config.prompt_template, tokenizer)
     training_rows, held_out_rows = split_rows(rows, config.validation_split, config.seed)

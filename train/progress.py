@@ -43,8 +43,10 @@ class Progress(transformers.TrainerCallback):  # type: ignore[misc]
         self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any
     ) -> None:
         line = log_line(state.global_step, logs or {})
-        if line and self._bar is not None:
+        if line and sys.stderr.isatty() and self._bar is not None:
             self._bar.write(line, file=sys.stderr)
+        elif line:  # in a file, each line that passes the bar would draw it anew
+            print(line, file=sys.stderr, flush=True)
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if self._bar is not None:
