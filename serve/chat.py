@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import argparse
-import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
+from serve.client import make_client, server_url
 from vllm_lora_ext.errors import ServerFailed, ServerUnreachable
+from vllm_lora_ext.spec import folder_name
 
-DEFAULT_URL = "http://127.0.0.1:8000"
+if TYPE_CHECKING:
+    import openai
 
 
 def main(argv: Sequence[str]) -> int:
@@ -24,7 +27,7 @@ def main(argv: Sequence[str]) -> int:
     whom.add_argument("-m", "--model", help="name of an adapter, or of the base, on a running server")
     whom.add_argument("--local", type=Path, metavar="DIR", help="an adapter's folder; needs no server")
     parser.add_argument("question", nargs="?")
-    parser.add_argument("--url", default=os.environ.get("VLLM_LORA_URL", DEFAULT_URL))
+    parser.add_argument("--url", default=server_url())
     parser.add_argument("--base-model", help="with --local: its base (default: the one it names)")
     parser.add_argument("--temperature", type=float, default=0.0)
     parser.add_argument("--max-tokens", type=int, default=256)
@@ -56,13 +59,10 @@ def server_asker(url: str, model: str, temperature: float, max_tokens: int) -> C
         ServerUnreachable: nobody answers at `url`.
         ServerFailed: the server answers with an error, for example an unknown model.
     """
+    import httpx
     import openai
 
-    client = openai.OpenAI(
-        base_url=f"{url.rstrip('/')}/v1",
-        api_key=os.environ.get("OPENAI_API_KEY", "-"),
-        max_retries=0,
-    )
+    client = make_client(url)
 
     def ask(question: str) -> None:
         try:
@@ -73,27 +73,32 @@ def server_asker(url: str, model: str, temperature: float, max_tokens: int) -> C
                 max_tokens=max_tokens,
                 stream=True,
             )
+            answered = False
             for chunk in stream:
                 if chunk.choices:
+                    answered = True
                     print(chunk.choices[0].delta.content or "", end="", flush=True)
             print()
+            if not answered:
+                raise ServerFailed(url, "the answer was empty", "Is it an OpenAI-compatible server?")
         except openai.APIConnectionError as error:
             raise ServerUnreachable(
                 url, "no server answers", "Start one with `vllm-lora serve`, or give --url."
             ) from error
         except openai.APIStatusError as error:
-            raise ServerFailed(
-                f"{url} (HTTP {error.status_code})", str(error.message).rstrip("."), _names(client)
-            ) from error
+            what = str(error.message).rstrip(".")
+            raise ServerFailed(f"{url} (HTTP {error.status_code})", what, _names(client)) from error
+        except (openai.OpenAIError, httpx.HTTPError, ValueError) as error:
+            what = f"the answer cannot be read ({type(error).__name__}: {error})"
+            raise ServerFailed(url, what, "Is it an OpenAI-compatible server?") from error
 
     return ask
 
 
-def _names(client: object) -> str:
+def _names(client: openai.OpenAI) -> str:
     """The names that the server does serve, as a hint."""
     import openai
 
-    assert isinstance(client, openai.OpenAI)
     try:
         return f"It serves: {', '.join(model.id for model in client.models.list())}."
     except openai.OpenAIError:
@@ -108,7 +113,7 @@ def local_asker(adapter_dir: Path, base_model: str | None, max_tokens: int) -> C
     from train.answers import LocalChat
 
     chat = LocalChat(adapter_dir, base_model)
-    name = adapter_dir.resolve().name
+    name = folder_name(adapter_dir)
 
     def ask(question: str) -> None:
         answers = chat.ask(question, max_tokens)

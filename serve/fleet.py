@@ -3,55 +3,67 @@
 from __future__ import annotations
 
 import dataclasses
-import json
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from rich.table import Table
 
+from vllm_lora_ext.admission import judge_name
 from vllm_lora_ext.base_model import BaseModel
+from vllm_lora_ext.contract import ChatSettings
 from vllm_lora_ext.errors import BadSetting
 from vllm_lora_ext.inspection import Inspection, inspect_adapter
-from vllm_lora_ext.peft_format import CONFIG_FILE, adapter_folders
-from vllm_lora_ext.spec import EngineLimits, Finding
+from vllm_lora_ext.peft_format import adapter_folders, read_adapter
+from vllm_lora_ext.spec import EngineLimits, Finding, Severity, folder_name
 
 
 @dataclass(frozen=True)
 class AdapterSource:
-    """Where an adapter comes from; `path` may be a hub id when it came from `--lora-modules`."""
+    """Where an adapter comes from.
+
+    `path` may be a hub id when it was stated with `--lora-modules`; `options`
+    are what else was stated there, by the names of vLLM's `LoRAModulePath`.
+    """
 
     name: str
     path: str
+    options: Mapping[str, Any] = field(default_factory=dict)
 
     @property
-    def is_local(self) -> bool:
-        """Whether we can read it; a hub id is left to vLLM."""
-        return Path(self.path).exists() or self.path.startswith((".", "/", "~"))
+    def folder(self) -> Path | None:
+        """The adapter's folder; None for a hub id, which is left to vLLM."""
+        path = Path(self.path).expanduser()
+        return path if path.exists() or self.path.startswith((".", "/", "~")) else None
 
 
-def find_sources(adapters: Sequence[str], stated: Sequence[AdapterSource] = ()) -> list[AdapterSource]:
-    """The sources behind `--adapters` values (a folder of adapters, an adapter, or name=path) and `stated`.
+def find_sources(values: Sequence[str]) -> list[AdapterSource]:
+    """The adapters behind values of `--adapters`: a folder of adapters, an adapter, or name=path.
 
     Raises:
         BadSetting: a folder is absent.
     """
     sources = []
-    for value in adapters:
+    for value in values:
+        whole = Path(value).expanduser()
         name, separator, path = value.partition("=")
-        if separator and not Path(value).exists():
-            sources.append(AdapterSource(name, path))
-            continue
-        if not Path(value).is_dir():
-            raise BadSetting(
-                f"--adapters {value}",
-                "no such folder",
-                "Check the path, or make the folder: an empty one is fine with --base-model.",
-            )
-        sources += [
-            AdapterSource(folder.resolve().name, str(folder)) for folder in adapter_folders(Path(value))
-        ]
-    return [*sources, *stated]
+        if separator and not whole.exists():
+            sources.append(AdapterSource(name, str(_existing(Path(path).expanduser()))))
+        else:
+            folders = adapter_folders(_existing(whole))
+            sources += [AdapterSource(folder_name(folder), str(folder)) for folder in folders]
+    return sources
+
+
+def _existing(path: Path) -> Path:
+    if not path.is_dir():
+        raise BadSetting(
+            str(path),
+            "no such folder of adapters",
+            "Check the path, or make the folder: an empty one is fine with --base-model.",
+        )
+    return path
 
 
 def agreed_base_model(sources: Sequence[AdapterSource]) -> str:
@@ -62,15 +74,11 @@ def agreed_base_model(sources: Sequence[AdapterSource]) -> str:
     """
     named: dict[str, list[str]] = {}
     for source in sources:
-        try:
-            config = json.loads((Path(source.path) / CONFIG_FILE).read_text(encoding="utf-8"))
-            base = config["base_model_name_or_path"]
-        except (OSError, ValueError, KeyError, TypeError):
-            continue
-        if isinstance(base, str) and base:
-            named.setdefault(str(Path(base).resolve()) if Path(base).is_dir() else base, []).append(
-                source.name
-            )
+        spec = read_adapter(source.folder, source.name).spec if source.folder else None
+        if spec and spec.base_model:
+            base = spec.base_model
+            base = str(Path(base).resolve()) if Path(base).is_dir() else base
+            named.setdefault(base, []).append(source.name)
     if len(named) == 1:
         return next(iter(named))
     if not named:
@@ -86,15 +94,16 @@ def agreed_base_model(sources: Sequence[AdapterSource]) -> str:
 
 
 def inspect_fleet(
-    sources: Sequence[AdapterSource], base: BaseModel | None, limits: EngineLimits
+    sources: Sequence[AdapterSource],
+    base_of: Callable[[AdapterSource], BaseModel | None],
+    limits: EngineLimits,
+    base_names: Collection[str] = (),
 ) -> list[Inspection]:
-    """Judge every local source; of two with one name the second is refused."""
+    """Judge every source; of two with one name the second is refused, a hub id stays unproven."""
     inspections: list[Inspection] = []
     seen: set[str] = set()
     for source in sources:
-        if not source.is_local:
-            continue
-        inspection = inspect_adapter(Path(source.path), base, source.name, limits)
+        inspection = _inspect(source, base_of, limits, base_names)
         if source.name in seen:
             rule = "another adapter has this name"
             fix = "Rename one of the two folders, or give name=path."
@@ -103,6 +112,21 @@ def inspect_fleet(
         seen.add(source.name)
         inspections.append(inspection)
     return inspections
+
+
+def _inspect(
+    source: AdapterSource,
+    base_of: Callable[[AdapterSource], BaseModel | None],
+    limits: EngineLimits,
+    base_names: Collection[str],
+) -> Inspection:
+    if source.folder:
+        return inspect_adapter(source.folder, base_of(source), source.name, limits, base_names)
+    rule = "is no folder here, so it was not checked"
+    fix = "vLLM takes it for a hub id and loads it."
+    finding = Finding("adapter_remote", source.path, rule, fix, Severity.UNPROVEN)
+    findings = (*judge_name(source.name, base_names), finding)
+    return Inspection(source.name, Path(source.path), None, ChatSettings(), findings)
 
 
 def fleet_table(inspections: Sequence[Inspection], title: str | None = None) -> Table:

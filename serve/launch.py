@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
+import errno
 import importlib.util
 import os
 import socket
 from collections.abc import Sequence
 from importlib.metadata import entry_points
+from typing import Any
 
 from serve.config import INFERRED, OwnFlags, ServeConfig, add_own_flags, read_config, read_own_flags
 from serve.fleet import (
@@ -19,8 +22,9 @@ from serve.fleet import (
 )
 from serve.plan import flag_of, infer_adapters, infer_kv_cache, infer_server, plain_command
 from serve.screen import screen
-from vllm_lora_ext.base_model import read_base_model
+from vllm_lora_ext.base_model import BaseModel, read_base_model
 from vllm_lora_ext.errors import AdapterRefused, BadSetting, MissingPackage, PortInUse
+from vllm_lora_ext.inspection import Inspection
 from vllm_lora_ext.spec import EngineLimits
 
 PLUGIN_NAME = "vllm_lora"
@@ -43,9 +47,9 @@ def main(argv: Sequence[str]) -> int:
     own = read_own_flags(argv)
     find_sources(own.adapters)
     prepare_environment()
-    args = parse_with_vllm(argv)
+    args, defaults = parse_with_vllm(argv)
     config = read_config(args, _UNSTATED)
-    apply_plan(config, args, own)
+    apply_plan(config, args, defaults, own)
     return run_server(args)
 
 
@@ -72,11 +76,18 @@ def prepare_environment() -> None:
     else:
         names = {name for name in stated.split(",") if name}
     os.environ["VLLM_PLUGINS"] = ",".join(sorted(names | {PLUGIN_NAME}))
-    if (os.cpu_count() or 1) <= _FEW_CORES:
+    if usable_cores() <= _FEW_CORES:
         os.environ.setdefault("VLLM_CPU_NUM_OF_RESERVED_CPU", "0")
     # vLLM starts helpers with `python -m`, which would look for modules in the
     # working folder first, and find a user's serve.py there.
     os.environ.setdefault("PYTHONSAFEPATH", "1")
+
+
+def usable_cores() -> int:
+    """The cores that this process may use, which in a container are fewer than the machine has."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
 
 
 class _Unstated:
@@ -89,8 +100,15 @@ class _Unstated:
 _UNSTATED = _Unstated()
 
 
-def parse_with_vllm(argv: Sequence[str]) -> argparse.Namespace:
-    """All flags by vLLM's own parser, so that every flag of `vllm serve` means what it means there."""
+def parse_with_vllm(argv: Sequence[str]) -> tuple[argparse.Namespace, dict[str, Any]]:
+    """All flags by vLLM's own parser, so that every flag of `vllm serve` means what it means there.
+
+    Also gives vLLM's defaults for what nobody stated.
+
+    Raises:
+        BadSetting: the --config file cannot be read.
+        SystemExit: the parser refused a flag (exit code 2), or `--help`.
+    """
     from vllm_lora_ext.engine import compat
 
     compat.check(compat.SYMBOLS)
@@ -102,12 +120,18 @@ def parse_with_vllm(argv: Sequence[str]) -> argparse.Namespace:
     parser = FlexibleArgumentParser(prog="vllm-lora serve")
     add_own_flags(parser)
     make_arg_parser(parser)
-    marked = argparse.Namespace(**dict.fromkeys((*INFERRED, "model"), _UNSTATED))
-    args: argparse.Namespace = parser.parse_args(list(argv), namespace=marked)
-    return args
+    marked = (*INFERRED, "model")
+    namespace = argparse.Namespace(**dict.fromkeys(marked, _UNSTATED))
+    try:
+        args: argparse.Namespace = parser.parse_args(list(argv), namespace=namespace)
+    except (OSError, ValueError, AssertionError) as error:
+        raise BadSetting("the command line", str(error).rstrip("."), "See --help.") from error
+    return args, {name: parser.get_default(name) for name in marked}
 
 
-def apply_plan(config: ServeConfig, args: argparse.Namespace, own: OwnFlags) -> None:
+def apply_plan(
+    config: ServeConfig, args: argparse.Namespace, defaults: dict[str, Any], own: OwnFlags
+) -> None:
     """Judge the fleet, infer what is not stated, and write both into vLLM's arguments.
 
     Raises:
@@ -117,34 +141,54 @@ def apply_plan(config: ServeConfig, args: argparse.Namespace, own: OwnFlags) -> 
     out = screen()
     if config.wants_adapters and config.stated.get("enable_lora") is False:
         raise BadSetting("--no-enable-lora", "adapters were given as well", "Remove one of the two.")
-    sources = find_sources(config.adapters, config.modules)
+    sources = [*find_sources(config.adapters), *config.modules]
     base = read_base_model(config.base_model or agreed_base_model(sources))
-    limits = EngineLimits(int(config.stated.get("max_lora_rank", EngineLimits().max_lora_rank)))
-    inspections = inspect_fleet(sources, base, limits)
-    if inspections:
-        out.print(fleet_table(inspections))
-    for item in inspections:
-        if config.strict and not item.admitted:
-            raise AdapterRefused(item.name, item.findings)
-    if config.adapters and not sources:
-        out.print(f"warning: no adapter in {', '.join(config.adapters)}; serving the base model alone")
-    admitted = {item.name: item for item in inspections if item.admitted}
-    remote = [source for source in sources if not source.is_local]
+    check_port(str(args.host if "host" in config.stated else ""), args.port, bool(args.uds))
+    admitted = admit_fleet(sources, base, config)
     inferred = infer_server(base.public_name, config.stated)
     if config.wants_adapters:
-        specs = [item.spec for item in admitted.values() if item.spec]
-        inferred += infer_adapters(specs, len(remote), config.stated)
+        specs = [item.spec for item in admitted if item.spec]
+        inferred += infer_adapters(specs, len(admitted) - len(specs), config.stated)
     if (free := free_memory_of_cpu_platform()) is not None:
         inferred += infer_kv_cache(free, config.stated)
     for value in inferred:
-        setattr(args, value.name, value.value)
         out.print(f"{flag_of(value)}: {value.reason}")
-    local = [AdapterSource(item.name, str(item.path.resolve())) for item in admitted.values()]
-    modules = [*local, *remote]
-    finish_arguments(args, base.name, modules)
-    check_port(str(args.host or ""), args.port, bool(args.uds))
+    values = {item.name: item.value for item in inferred}
+    for name, default in defaults.items():
+        if getattr(args, name) is _UNSTATED:
+            setattr(args, name, values.get(name, default))
+    by_name = {source.name: source for source in reversed(sources)}
+    modules = [resolved(by_name[item.name]) for item in admitted]
+    hand_over(args, base.name, modules)
     pairs = [(module.name, module.path) for module in modules]
-    out.print("as plain vLLM:", plain_command(base.name, inferred, pairs, _vllm_words(own, config)))
+    words = vllm_words(own.passed_on, config.base_model)
+    out.print("as plain vLLM:", plain_command(base.name, inferred, pairs, words))
+
+
+def admit_fleet(sources: Sequence[AdapterSource], base: BaseModel, config: ServeConfig) -> list[Inspection]:
+    """Show the table of all adapters, and give back those that may be loaded.
+
+    Raises:
+        AdapterRefused: with --strict, when any adapter is refused.
+    """
+    limits = EngineLimits(int(config.stated.get("max_lora_rank", EngineLimits().max_lora_rank)))
+    base_names = config.base_names or (base.public_name,)
+    inspections = inspect_fleet(sources, lambda source: base, limits, base_names)
+    if inspections:
+        screen().print(fleet_table(inspections))
+    elif config.adapters:
+        screen().print(f"warning: no adapter in {', '.join(config.adapters)}; only the base is served")
+    for item in inspections:
+        if config.strict and not item.admitted:
+            raise AdapterRefused(item.name, item.findings)
+    return [item for item in inspections if item.admitted]
+
+
+def resolved(source: AdapterSource) -> AdapterSource:
+    """The source with the full path of its folder: vLLM's processes work elsewhere."""
+    if source.folder is None:
+        return source
+    return dataclasses.replace(source, path=str(source.folder.absolute()))
 
 
 def free_memory_of_cpu_platform() -> int | None:
@@ -158,18 +202,14 @@ def free_memory_of_cpu_platform() -> int | None:
     return int(psutil.virtual_memory().available)
 
 
-def finish_arguments(args: argparse.Namespace, base_model: str, modules: Sequence[AdapterSource]) -> None:
-    """Put base and adapters where vLLM expects them, and defaults where nothing was stated or inferred."""
-    from vllm.entrypoints.launchers.cli_args import make_arg_parser
+def hand_over(args: argparse.Namespace, base_model: str, modules: Sequence[AdapterSource]) -> None:
+    """Put base and adapters where vLLM expects them."""
     from vllm.entrypoints.openai.models.protocol import LoRAModulePath
-    from vllm.utils.argparse_utils import FlexibleArgumentParser
 
-    defaults = vars(make_arg_parser(FlexibleArgumentParser()).parse_args([]))
-    for name, value in vars(args).items():
-        if value is _UNSTATED:
-            setattr(args, name, defaults[name])
     args.model = args.model_tag = base_model
-    args.lora_modules = [LoRAModulePath(module.name, module.path) for module in modules] or None
+    args.lora_modules = [
+        LoRAModulePath(module.name, module.path, **module.options) for module in modules
+    ] or None
 
 
 def check_port(host: str, port: int, by_file: bool) -> None:
@@ -177,20 +217,23 @@ def check_port(host: str, port: int, by_file: bool) -> None:
 
     Raises:
         PortInUse: somebody listens there.
+        BadSetting: there is no such port or address.
     """
-    if by_file or not port:
+    if by_file or port == 0:
         return
+    if not 0 < port < 1 << 16:
+        raise BadSetting(f"--port {port}", "must be 0 to 65535", "Choose another.")
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     with socket.socket(family, socket.SOCK_STREAM) as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
-            probe.bind((host, port))
+            probe.bind((host or "127.0.0.1", port))
         except OSError as error:
-            raise PortInUse(
-                f"{host or 'any address'} port {port}",
-                f"cannot be listened on ({error.strerror})",
-                "Stop the program that uses it, or choose another --port.",
-            ) from error
+            if error.errno == errno.EADDRINUSE:
+                fix = "Stop the program that uses it, or choose another --port."
+                raise PortInUse(f"{host or 'any address'} port {port}", "is in use", fix) from error
+            rule = f"cannot be listened on ({error.strerror})"
+            raise BadSetting(f"--host {host} --port {port}", rule, "Choose another.") from error
 
 
 def run_server(args: argparse.Namespace) -> int:
@@ -203,15 +246,18 @@ def run_server(args: argparse.Namespace) -> int:
     return 0
 
 
-def _vllm_words(own: OwnFlags, config: ServeConfig) -> list[str]:
-    """The user's words that are vLLM's, without the base model and the adapters, which stand elsewhere."""
-    words = list(own.passed_on)
-    if config.base_model in words[:1]:
-        words = words[1:]
-    if "--lora-modules" in words:
-        start = words.index("--lora-modules")
-        stop = start + 1
-        while stop < len(words) and not words[stop].startswith("-"):
-            stop += 1
-        words = words[:start] + words[stop:]
-    return words
+def vllm_words(words: Sequence[str], base_model: str | None) -> list[str]:
+    """The user's words that are vLLM's, without base model and adapters, which stand elsewhere."""
+    kept: list[str] = []
+    position = 0
+    while position < len(words):
+        word = words[position]
+        flag = word.partition("=")[0].replace("_", "-")
+        position += 1
+        if flag in ("--model", "--lora-modules"):
+            if "=" not in word:  # its values follow
+                while position < len(words) and not words[position].startswith("-"):
+                    position += 1
+        elif word != base_model:
+            kept.append(word)
+    return kept

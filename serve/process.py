@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import socket
@@ -52,6 +53,8 @@ class ServerProcess:
         self._ready_timeout_s = ready_timeout_s
         self._cwd = cwd
         self._process: subprocess.Popen[bytes] | None = None
+        self._ready = False
+        self.forced = False
 
     def __enter__(self) -> ServerProcess:
         self.log.parent.mkdir(parents=True, exist_ok=True)
@@ -87,28 +90,48 @@ class ServerProcess:
         return self._process.pid
 
     def is_gone(self) -> bool:
-        """Whether no process of the server's group is left."""
-        try:
-            os.killpg(self.pid, 0)
-        except ProcessLookupError:
-            return True
-        return False
+        """Whether no process of the server's group is left; one that only waits to be collected is gone."""
+        import psutil
+
+        for process in psutil.process_iter(["status"]):
+            try:
+                if os.getpgid(process.pid) == self.pid and process.info["status"] != "zombie":
+                    return False
+            except (ProcessLookupError, PermissionError):
+                continue
+        return True
 
     def stop(self, signum: int = signal.SIGTERM, timeout_s: float = 30.0) -> int:
-        """Ask the server to stop, wait for its whole group, end by force what is left; its exit code."""
+        """Ask the server to stop, wait for its whole group, end by force what is left; its exit code.
+
+        A server that is not ready yet has nothing to finish, and vLLM 0.32 does
+        not end on SIGTERM while its engine starts: its group is interrupted.
+        `forced` then tells whether force was needed.
+        """
         assert self._process is not None, "the server was not started"
-        if self._process.poll() is None:
-            self._process.send_signal(signum)
-        deadline = time.monotonic() + timeout_s
-        while not self.is_gone() and time.monotonic() < deadline:
-            self._process.poll()  # collect it, else its group stays
-            time.sleep(0.05)
-        if not self.is_gone():
-            os.killpg(self.pid, signal.SIGKILL)
-        return self._process.wait()
+        try:
+            if self._ready and self._process.poll() is None:
+                self._process.send_signal(signum)
+            elif not self._ready:
+                self._signal_group(signal.SIGINT)
+            deadline = time.monotonic() + timeout_s
+            while not self.is_gone() and time.monotonic() < deadline:
+                self._process.poll()  # collect it
+                time.sleep(0.1)
+        finally:  # also when the wait was interrupted by a second Ctrl+C
+            if not self.is_gone():
+                self.forced = True
+                self._signal_group(signal.SIGKILL)
+            code = self._process.wait()
+        return code
+
+    def _signal_group(self, signum: int) -> None:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(self.pid, signum)
 
     def _wait_until_ready(self) -> None:
         assert self._process is not None
+        without_proxy = urllib.request.build_opener(urllib.request.ProxyHandler({}))
         deadline = time.monotonic() + self._ready_timeout_s
         while time.monotonic() < deadline:
             if self._process.poll() is not None:
@@ -118,8 +141,9 @@ class ServerProcess:
                     f"Its last lines ({self.log}):\n{self._log_tail()}",
                 )
             try:
-                with urllib.request.urlopen(f"{self.url}/ready", timeout=5) as answer:
+                with without_proxy.open(f"{self.url}/ready", timeout=5) as answer:
                     if answer.status == 200:
+                        self._ready = True
                         return
             except (urllib.error.URLError, OSError):
                 pass

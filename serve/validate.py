@@ -36,7 +36,9 @@ def main(argv: Sequence[str]) -> int:
     sources = find_sources(args.folders)
     if not sources:
         raise BadSetting(", ".join(args.folders), "holds no adapter", "Give an adapter's folder.")
-    inspections = inspect(sources, args.base_model, EngineLimits(args.max_lora_rank))
+    stated = read_base_model(args.base_model) if args.base_model else None
+    limits = EngineLimits(args.max_lora_rank)
+    inspections = inspect_fleet(sources, lambda source: stated or _named_base(source), limits)
     if args.json:
         print(json.dumps([_as_data(item) for item in inspections], ensure_ascii=False, indent=2))
     else:
@@ -44,21 +46,11 @@ def main(argv: Sequence[str]) -> int:
     return 0 if all(item.admitted for item in inspections) else 2
 
 
-def inspect(
-    sources: Sequence[AdapterSource], base_model: str | None, limits: EngineLimits
-) -> list[Inspection]:
-    """Judge the adapters, each against the base that it names if none is stated and they differ."""
-    if base_model:
-        return inspect_fleet(sources, read_base_model(base_model), limits)
-    return [
-        inspection for source in sources for inspection in inspect_fleet([source], _base_of(source), limits)
-    ]
-
-
-def _base_of(source: AdapterSource) -> BaseModel | None:
+def _named_base(source: AdapterSource) -> BaseModel | None:
+    """The base that an adapter names itself; None if it cannot be had, which leaves shapes unproven."""
     try:
         return read_base_model(agreed_base_model([source]))
-    except (BadSetting, BadBaseModel):  # shapes stay unproven, and the table says so
+    except (BadBaseModel, BadSetting):
         return None
 
 

@@ -8,11 +8,12 @@ import tempfile
 from collections.abc import Sequence
 from typing import Any
 
-from train.config import TrainConfig, default_learning_rate, parse_config
+from train.config import TrainConfig, default_learning_rate, parse_config, planned_steps
 from train.data import Row, digest_of, read_rows, split_rows
 from train.export import check_output, export_adapter
 from vllm_lora_ext import __version__
 from vllm_lora_ext.base_model import read_base_model
+from vllm_lora_ext.contract import Identity
 from vllm_lora_ext.exit_codes import run_command
 
 
@@ -42,7 +43,7 @@ def train(config: TrainConfig) -> str:
         training_dtype,
     )
     from train.prompts import encode_rows, prompt_form
-    from train.trainer import planned_steps, run_training
+    from train.trainer import run_training
 
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()  # of loading; training has its own
@@ -58,17 +59,11 @@ def train(config: TrainConfig) -> str:
     rate = config.learning_rate or default_learning_rate(base_model.config.hidden_size)
     model = add_adapter(base_model, config)
     say(str(count_parameters(model)))
-    say(
-        f"steps = {len(training)} rows x {config.num_train_epochs:g} epochs / "
-        f"{config.per_device_train_batch_size * config.gradient_accumulation_steps} "
-        f"= {planned_steps(len(training), config)}, learning rate {rate:.2g}"
-    )
+    say(f"{_steps_line(len(training), config)}, learning rate {rate:.2g}")
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
     with tempfile.TemporaryDirectory(prefix="vllm-lora-train-") as scratch_dir:
         result = run_training(model, training, held_out, config, rate, int(pad), scratch_dir)
-    export_adapter(
-        model,
-        config.adapter_dir,
+    identity = Identity(
         config.name,
         form.template,
         {
@@ -80,6 +75,7 @@ def train(config: TrainConfig) -> str:
             "versions": _versions(),
         },
     )
+    export_adapter(model, config.adapter_dir, identity, config.overwrite)
     held = (
         f"held out {result.eval_loss:.4f}, accuracy {result.eval_token_accuracy:.1%}"
         if result.eval_loss is not None and result.eval_token_accuracy is not None
@@ -90,6 +86,16 @@ def train(config: TrainConfig) -> str:
         f"token accuracy {result.token_accuracy:.1%}; {held}"
     )
     return str(config.adapter_dir)
+
+
+def _steps_line(num_rows: int, config: TrainConfig) -> str:
+    steps = planned_steps(num_rows, config)
+    if config.max_steps > 0:
+        return f"steps = {steps} (--max-steps)"
+    batch = config.per_device_train_batch_size * config.gradient_accumulation_steps
+    return f"steps = {num_rows} rows x {config.num_train_epochs:g} epochs / batch of {batch} = {steps}" + (
+        "" if num_rows % batch == 0 else " (the last batch of an epoch is smaller)"
+    )
 
 
 def _report_rows(

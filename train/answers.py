@@ -30,14 +30,16 @@ def base_model_of(adapter_dir: Path, stated: str | None) -> str:
     """The base model to use: the stated one, else the one in the adapter's config.
 
     Raises:
-        BadSetting: neither names one.
+        BadSetting: there is no such folder, or neither names a base.
     """
+    if not adapter_dir.is_dir():
+        raise BadSetting(str(adapter_dir), "no such folder", "Check the path of the adapter.")
     if stated:
         return stated
     path = adapter_dir / CONFIG_FILE
     try:
         named = json.loads(path.read_text(encoding="utf-8")).get("base_model_name_or_path")
-    except (OSError, ValueError, AttributeError):
+    except (OSError, ValueError, AttributeError, RecursionError):
         named = None
     if not isinstance(named, str) or not named:
         raise BadSetting(str(path), "does not name its base model", "Give it with --base-model.")

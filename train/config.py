@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
@@ -14,6 +15,7 @@ from typing import Any
 
 from vllm_lora_ext.admission import judge_name
 from vllm_lora_ext.errors import BadSetting
+from vllm_lora_ext.spec import ALLOWED_MAX_LORA_RANKS
 
 ALL_PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
@@ -78,17 +80,21 @@ class TrainConfig:
 
     def __post_init__(self) -> None:
         rules = {
-            "num_train_epochs": self.num_train_epochs > 0,
+            "num_train_epochs": 0 < self.num_train_epochs < 1e6,
+            "max_steps": self.max_steps == -1 or self.max_steps >= 1,
             "per_device_train_batch_size": self.per_device_train_batch_size >= 1,
             "gradient_accumulation_steps": self.gradient_accumulation_steps >= 1,
             "learning_rate": self.learning_rate is None or 0 < self.learning_rate < 1,
             "warmup_ratio": 0 <= self.warmup_ratio < 1,
             "max_length": self.max_length >= 2,
             "validation_split": 0 <= self.validation_split < 1,
-            "lora_r": self.lora_r >= 1,
-            "lora_alpha": self.lora_alpha > 0,
+            "weight_decay": 0 <= self.weight_decay < math.inf,
+            "max_grad_norm": 0 < self.max_grad_norm < math.inf,
+            "lora_r": 1 <= self.lora_r <= ALLOWED_MAX_LORA_RANKS[-1],
+            "lora_alpha": 0 < self.lora_alpha < math.inf,
             "lora_dropout": 0 <= self.lora_dropout < 1,
             "logging_steps": self.logging_steps >= 1,
+            "seed": 0 <= self.seed < 2**32,  # what numpy takes
             "target_modules": bool(self.target_modules),
         }
         for key, holds in rules.items():
@@ -98,7 +104,7 @@ class TrainConfig:
                     f"{getattr(self, key)!r} is out of range",
                     "Run `vllm-lora train --help` for what it means.",
                 )
-        for finding in judge_name(self.name, None):
+        for finding in judge_name(self.name):
             raise BadSetting(f"--name {finding.item}", finding.rule, "Choose another --name.")
 
     @property
@@ -111,6 +117,15 @@ class TrainConfig:
     def adapter_dir(self) -> Path:
         """Where the finished adapter will stand."""
         return Path(self.output_dir) / self.name
+
+
+def planned_steps(num_rows: int, config: TrainConfig) -> int:
+    """Optimizer steps of a run: rows x epochs / batch, rounded up within each epoch."""
+    if config.max_steps > 0:
+        return config.max_steps
+    batches = -(-num_rows // config.per_device_train_batch_size)
+    per_epoch = -(-batches // config.gradient_accumulation_steps)
+    return max(1, math.ceil(per_epoch * config.num_train_epochs))
 
 
 def parse_config(argv: Sequence[str]) -> TrainConfig:

@@ -109,4 +109,6 @@ def _text(row: dict[str, Any], key: str, where: str) -> str:
         raise BadData(where, f"has no `{key}`", f"Add it, or remove the row; it has {list(row)}.")
     if not isinstance(value, str):
         raise BadData(where, f"`{key}` must be text, is a {type(value).__name__}", "Put it in quotes.")
+    if any("\ud800" <= letter <= "\udfff" for letter in value):
+        raise BadData(where, f"`{key}` holds half a character (a lone surrogate)", "Write it anew.")
     return value

@@ -4,25 +4,35 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Iterator, Mapping
+import uuid
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from vllm_lora_ext.contract import Identity, is_ours, write_contract
-from vllm_lora_ext.errors import OutputExists
+from vllm_lora_ext.errors import BadSetting, OutputExists
 
 if TYPE_CHECKING:
     from peft import PeftModel
 
 
 def check_output(folder: Path, overwrite: bool) -> None:
-    """Refuse early what could not be written at the end.
+    """Refuse early what could not be written at the end, and make the folder that it goes into.
 
     Raises:
         OutputExists: the folder is there and is not ours, or is ours and `overwrite` is off.
+        BadSetting: nothing can be written beside it.
     """
-    if not folder.exists():
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        writable = os.access(folder.parent, os.W_OK | os.X_OK)
+    except OSError as error:
+        rule = f"cannot be made ({error.strerror})"
+        raise BadSetting(str(folder.parent), rule, "Choose another --output-dir.") from error
+    if not writable:
+        raise BadSetting(str(folder.parent), "is not writable", "Choose another --output-dir.")
+    if not folder.exists() and not folder.is_symlink():
         return
     if not is_ours(folder):
         raise OutputExists(
@@ -39,17 +49,24 @@ def check_output(folder: Path, overwrite: bool) -> None:
 
 
 @contextmanager
-def finished_folder(folder: Path) -> Iterator[Path]:
+def finished_folder(folder: Path, overwrite: bool = False) -> Iterator[Path]:
     """A hidden folder to write into, renamed to `folder` when all went well, else removed.
 
     An adapter that stood there before is moved aside first, so that a reader
     sees the old one, for an instant none, then the new one; never a mixture.
+    Whether it may be replaced is asked again at the end: work takes time.
+
+    Raises:
+        OutputExists, BadSetting: as `check_output`.
     """
-    staging = folder.with_name(f".{folder.name}.{os.getpid()}.partial")
-    previous = folder.with_name(f".{folder.name}.{os.getpid()}.previous")
-    staging.mkdir(parents=True)
+    check_output(folder, overwrite)
+    mark = uuid.uuid4().hex[:8]
+    staging = folder.with_name(f".{folder.name}.{mark}.partial")
+    previous = folder.with_name(f".{folder.name}.{mark}.previous")
+    staging.mkdir()
     try:
         yield staging
+        check_output(folder, overwrite)
         if folder.exists():
             folder.rename(previous)
         staging.rename(folder)
@@ -62,11 +79,9 @@ def finished_folder(folder: Path) -> Iterator[Path]:
         shutil.rmtree(previous, ignore_errors=True)
 
 
-def export_adapter(
-    model: PeftModel, folder: Path, name: str, template: str, provenance: Mapping[str, Any]
-) -> None:
+def export_adapter(model: PeftModel, folder: Path, identity: Identity, overwrite: bool) -> None:
     """Write the PEFT folder with its trained template and `identity.json` to `folder`."""
-    with finished_folder(folder) as staging:
+    with finished_folder(folder, overwrite) as staging:
         model.save_pretrained(str(staging))
         (staging / "README.md").unlink(missing_ok=True)  # PEFT's model card is an empty form
-        write_contract(staging, Identity(name, template, provenance))
+        write_contract(staging, identity)

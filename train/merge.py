@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from train.answers import base_model_of
-from train.export import finished_folder
+from train.export import check_output, finished_folder
 from vllm_lora_ext.base_model import read_base_model
 from vllm_lora_ext.errors import OutputExists
 from vllm_lora_ext.inspection import inspect_adapter, require_admitted
@@ -24,8 +24,9 @@ def merge(adapter_dir: Path, base_model: str | None, output_dir: Path) -> None:
         AdapterRefused: the adapter does not fit the base.
         BadBaseModel, BadSetting: the base cannot be read, or is not named anywhere.
     """
-    if output_dir.exists():
+    if output_dir.exists():  # also one of ours: a merged model is never replaced
         raise OutputExists(str(output_dir), "is there already", "Choose another --output-dir.")
+    check_output(output_dir, overwrite=False)
     base_name = base_model_of(adapter_dir, base_model)
     inspection = inspect_adapter(adapter_dir, read_base_model(base_name))
     require_admitted(inspection)

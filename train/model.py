@@ -14,6 +14,9 @@ if TYPE_CHECKING:
     from peft import PeftModel
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+# What transformers raises for files that are missing, cut short or do not fit together.
+_LOADING_ERRORS = (OSError, ValueError, ImportError, RuntimeError, TypeError, KeyError, ArithmeticError)
+
 
 @dataclass(frozen=True)
 class ParameterCount:
@@ -50,7 +53,7 @@ def load_tokenizer(base_model: str) -> PreTrainedTokenizerBase:
     read_base_model(base_model)
     try:
         tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(base_model)
-    except (OSError, ValueError, ImportError) as error:
+    except _LOADING_ERRORS as error:
         raise BadBaseModel(
             base_model,
             f"its tokenizer cannot be loaded ({_first_line(error)})",
@@ -70,11 +73,12 @@ def load_base(base_model: str, dtype: torch.dtype) -> PreTrainedModel:
         BadBaseModel: its weights cannot be loaded.
     """
     import torch
+    from safetensors import SafetensorError
     from transformers import AutoModelForCausalLM
 
     try:
         model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(base_model, dtype=dtype)
-    except (OSError, ValueError, ImportError) as error:
+    except (*_LOADING_ERRORS, SafetensorError) as error:
         raise BadBaseModel(
             base_model, f"cannot be loaded ({_first_line(error)})", "Restore its files."
         ) from error

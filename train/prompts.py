@@ -26,6 +26,8 @@ _TEXT_FORM = re.compile(
     r"(?P<before>.*)\{instruction\}(?:(?P<between>\s*)\{input\})?(?P<after>.*)", re.DOTALL
 )
 
+_SLOT = re.compile(r"\{(instruction|input)\}")
+
 
 @dataclass(frozen=True)
 class PromptForm:
@@ -68,10 +70,11 @@ def prompt_form(prompt_template: str, tokenizer: PreTrainedTokenizerBase) -> Pro
                 "has no chat template of its own",
                 "Give a text with --prompt-template, for example `classic`.",
             )
+        _check_renders(template, tokenizer)
         return PromptForm(template)
     text = CLASSIC if prompt_template == "classic" else prompt_template.replace("\\n", "\n")
     match = _TEXT_FORM.fullmatch(text)
-    if not match or "{input}" in match["before"] + match["after"]:
+    if not match or _SLOT.search(match["before"] + match["after"]):
         raise BadSetting(
             f"--prompt-template {prompt_template!r}",
             "must hold {instruction} once, and {input} only directly behind it, because a chat "
@@ -88,6 +91,21 @@ def prompt_form(prompt_template: str, tokenizer: PreTrainedTokenizerBase) -> Pro
     begin = tokenizer.bos_token if _adds_begin(tokenizer) else ""
     template = _text_template(match["before"], match["after"], str(begin), end)
     return PromptForm(template, match["between"] if match["between"] is not None else "\n")
+
+
+def _check_renders(template: str, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Raises BadBaseModel when the base's own template cannot render a question."""
+    import jinja2
+
+    question = [{"role": "user", "content": "Hello"}]
+    try:
+        tokenizer.apply_chat_template(question, add_generation_prompt=True, tokenize=False)
+    except jinja2.TemplateError as error:
+        raise BadBaseModel(
+            str(tokenizer.name_or_path),
+            f"its chat template cannot be rendered ({error})",
+            "Repair its chat_template.jinja, or give a text with --prompt-template.",
+        ) from error
 
 
 def _adds_begin(tokenizer: PreTrainedTokenizerBase) -> bool:

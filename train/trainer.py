@@ -31,15 +31,6 @@ class TrainingResult:
     eval_token_accuracy: float | None
 
 
-def planned_steps(num_rows: int, config: TrainConfig) -> int:
-    """Optimizer steps of a run: rows x epochs / batch, rounded up within each epoch."""
-    if config.max_steps > 0:
-        return config.max_steps
-    batches = -(-num_rows // config.per_device_train_batch_size)
-    per_epoch = -(-batches // config.gradient_accumulation_steps)
-    return max(1, math.ceil(per_epoch * config.num_train_epochs))
-
-
 def collate(examples: Sequence[Example], pad: int) -> dict[str, torch.Tensor]:
     """Right-padded tensors `input_ids`, `attention_mask` and `labels`, each (rows, longest)."""
     longest = max(len(example.input_ids) for example in examples)

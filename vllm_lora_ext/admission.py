@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections import defaultdict
+from collections.abc import Collection
 
 from vllm_lora_ext.base_model import BaseModel
 from vllm_lora_ext.spec import (
@@ -15,7 +16,10 @@ from vllm_lora_ext.spec import (
     allowed_rank,
 )
 
-_TENSOR = re.compile(r"(?:base_model\.model\.)?(?P<module>.+)\.lora_(?P<side>[AB])\.weight")
+_TENSOR = re.compile(
+    r"(?:base_model\.model\.)?(?P<module>.+)\.lora_(?:(?P<side>[AB])\.weight|embedding_(?P<embedding>[AB]))"
+)
+_VOCABULARY_MODULES = ("model.embed_tokens", "lm_head")  # some of vLLM's classes take them, some do not
 _NAME = re.compile(r"[^\W.][\w.-]{0,63}")
 # Words that vLLM gives a meaning of its own (content types, its warm-up adapter).
 _RESERVED = frozenset({"text", "image", "audio", "video", "input", "warmup_1"})
@@ -45,7 +49,12 @@ def admit(spec: AdapterSpec, base: BaseModel | None, limits: EngineLimits | None
             )
         )
         return findings
-    unknown = [module for module in pairs if module not in shapes]
+    vocabulary = [module for module in pairs if module in _VOCABULARY_MODULES]
+    if vocabulary:
+        rule = "whether vLLM takes LoRA on it depends on the model's class"
+        fix = "The engine decides when it loads it."
+        findings.append(Finding("vocabulary_unproven", ", ".join(vocabulary), rule, fix, Severity.UNPROVEN))
+    unknown = [module for module in pairs if module not in shapes and module not in vocabulary]
     if unknown:
         findings.append(_unknown_modules(spec, pairs, unknown, shapes))
     for module, sides in pairs.items():
@@ -54,13 +63,14 @@ def admit(spec: AdapterSpec, base: BaseModel | None, limits: EngineLimits | None
     return _fold(findings)
 
 
-def judge_name(name: str, base_name: str | None) -> list[Finding]:
+def judge_name(name: str, base_names: Collection[str] = ()) -> list[Finding]:
     """A public name must work as folder, as `model` in a request and in a URL, and be nobody else's."""
     if not _NAME.fullmatch(name):
         rule = "must be 1 to 64 letters, digits, '-', '_' or '.', and begin with a letter or digit"
         return [Finding("adapter_name_invalid", repr(name), rule, "Rename the folder, or give name=path.")]
-    if name in _RESERVED or name == base_name:
-        rule = "is the base model's name" if name == base_name else "is a word with a meaning of its own"
+    if name in _RESERVED or name in base_names:
+        taken = name in base_names
+        rule = "is the base model's name" if taken else "is a word with a meaning of its own"
         return [Finding("adapter_name_reserved", name, rule, "Rename the folder, or give name=path.")]
     return []
 
@@ -90,7 +100,7 @@ def _pair_up(spec: AdapterSpec) -> tuple[dict[str, dict[str, TensorSpec]], list[
     for tensor in spec.tensors:
         match = _TENSOR.fullmatch(tensor.name)
         if match:
-            pairs[match["module"]][match["side"]] = tensor
+            pairs[match["module"]][match["side"] or match["embedding"]] = tensor
         else:
             rule = "is not the A or B matrix of a LoRA module"
             fix = "Save the adapter with PEFT, without other weights."

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from vllm_lora_ext.errors import BadBaseModel
+from vllm_lora_ext.spec import folder_name
 
 # Decoders that share Llama's module names and shapes (transformers, modeling_llama.py).
 LLAMA_LIKE = frozenset({"llama", "mistral", "qwen2", "qwen3"})
@@ -30,6 +31,8 @@ _FINGERPRINT_FIELDS = (
     "head_dim",
     "vocab_size",
 )
+
+_GIVE_A_FOLDER = "Give the folder that holds config.json, the weights and the tokenizer."
 
 
 @dataclass(frozen=True)
@@ -48,7 +51,7 @@ class BaseModel:
     @property
     def public_name(self) -> str:
         """The hub id, or the last part of a folder's path: never a path."""
-        return Path(self.name).resolve().name if Path(self.name).is_dir() else self.name
+        return folder_name(Path(self.name)) if Path(self.name).is_dir() else self.name
 
     def module_shapes(self) -> dict[str, tuple[int, int]] | None:
         """Linear modules as name -> (out_features, in_features); None for an unknown architecture.
@@ -56,17 +59,17 @@ class BaseModel:
         Names are those of transformers, for example `model.layers.0.self_attn.q_proj`.
         """
         config = self.config
-        if config.get("model_type") not in LLAMA_LIKE:
+        if config.get("model_type") not in tuple(LLAMA_LIKE):
             return None
         try:
             hidden = int(config["hidden_size"])
             mlp = int(config["intermediate_size"])
             heads = int(config["num_attention_heads"])
             layers = int(config["num_hidden_layers"])
-        except (KeyError, TypeError, ValueError):
+            kv_heads = int(config.get("num_key_value_heads") or heads)
+            head_dim = int(config.get("head_dim") or hidden // heads)
+        except (KeyError, TypeError, ValueError, ArithmeticError):
             return None
-        kv_heads = int(config.get("num_key_value_heads") or heads)
-        head_dim = int(config.get("head_dim") or hidden // heads)
         shapes = {
             "self_attn.q_proj": (heads * head_dim, hidden),
             "self_attn.k_proj": (kv_heads * head_dim, hidden),
@@ -88,21 +91,22 @@ def read_base_model(name: str) -> BaseModel:
         BadBaseModel: the folder is no model, or the hub id cannot be had.
     """
     folder = Path(name)
-    if folder.is_dir():
+    try:
+        is_folder, exists = folder.is_dir(), folder.exists()
+    except OSError as error:  # a name that no file system takes
+        raise BadBaseModel(name[:80], f"is no path ({error.strerror})", _GIVE_A_FOLDER) from error
+    if is_folder:
         path = folder / "config.json"
         if not path.is_file():
-            raise BadBaseModel(
-                name,
-                "the folder holds no config.json, so it is not a model",
-                "Give the folder that holds config.json, the weights and the tokenizer.",
-            )
-    elif folder.exists() or name.startswith((".", "/", "~")) or name.count("/") > 1:
+            rule = "the folder holds no config.json, so it is not a model"
+            raise BadBaseModel(name, rule, _GIVE_A_FOLDER)
+    elif exists or name.startswith((".", "/", "~")) or name.count("/") > 1:
         raise BadBaseModel(name, "no such folder", "Check the path of the base model.")
     else:
         path = _config_from_hub(name)
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise BadBaseModel(
             str(path), f"cannot be read as JSON ({error})", "Restore the model's config.json."
         ) from error

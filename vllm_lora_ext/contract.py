@@ -69,8 +69,23 @@ def write_contract(folder: Path, identity: Identity) -> None:
 
 
 def is_ours(folder: Path) -> bool:
-    """Whether `folder` was written by our trainer, and so may be replaced when it is asked for."""
-    return (folder / IDENTITY_FILE).is_file()
+    """Whether `folder` was written by our trainer, and so may be replaced when that is asked for."""
+    try:
+        body = _read_object(folder / IDENTITY_FILE)
+    except BadInput:
+        return False
+    template = body.get("chat_template")
+    return "format" in body and isinstance(template, dict) and "sha256" in template
+
+
+def template_to_use(chat: ChatSettings, stated: str | None) -> str | None:
+    """The adapter's own template, or None for the server's.
+
+    A template that the user states with --chat-template wins over one that
+    nobody vouches for, and gives way to the one an adapter was trained with:
+    with any other the adapter would not do what it learned.
+    """
+    return None if stated and not chat.trained else chat.template
 
 
 def read_chat_settings(folder: Path) -> ChatSettings:
@@ -83,8 +98,8 @@ def read_chat_settings(folder: Path) -> ChatSettings:
         BadInput: a file is there and cannot be read.
     """
     path = folder / TEMPLATE_FILE
-    if path.is_file():
-        template = path.read_bytes().decode("utf-8")
+    if path.exists():
+        template = _read_text(path)
         vouched = _read_object(folder / IDENTITY_FILE).get("chat_template")
         trained = (
             isinstance(vouched, dict)
@@ -94,6 +109,17 @@ def read_chat_settings(folder: Path) -> ChatSettings:
         return ChatSettings(template, trained)
     legacy = _read_object(folder / "tokenizer_config.json").get("chat_template")
     return ChatSettings(legacy if isinstance(legacy, str) and legacy else None)
+
+
+def _read_text(path: Path) -> str:
+    """The file's text, byte for byte: no line ending is changed, since a template's digest counts."""
+    if not path.is_file():  # a pipe would never end
+        raise BadInput(str(path), "is no regular file", "Remove it.")
+    try:
+        return path.read_bytes().decode("utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        fix = "Repair the file, or remove it."
+        raise BadInput(str(path), f"cannot be read ({error})", fix) from error
 
 
 def _digest(template: str) -> str:
@@ -106,7 +132,7 @@ def _read_object(path: Path) -> dict[str, Any]:
         return {}
     try:
         body = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise BadInput(
             str(path), f"cannot be read as JSON ({error})", "Repair the file, or remove it."
         ) from error

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -10,12 +11,12 @@ from vllm_lora_ext.base_model import BaseModel
 from vllm_lora_ext.contract import ChatSettings, read_chat_settings
 from vllm_lora_ext.errors import AdapterRefused, BadInput
 from vllm_lora_ext.peft_format import read_adapter
-from vllm_lora_ext.spec import AdapterSpec, EngineLimits, Finding
+from vllm_lora_ext.spec import AdapterSpec, EngineLimits, Finding, folder_name
 
 
 @dataclass(frozen=True)
 class Inspection:
-    """`spec` is None when the folder could not be read far enough; `findings` then says why."""
+    """`spec` is None when the adapter could not be read; `findings` then says why."""
 
     name: str
     path: Path
@@ -25,7 +26,7 @@ class Inspection:
 
     @property
     def admitted(self) -> bool:
-        return self.spec is not None and not refused(self.findings)
+        return not refused(self.findings)
 
     @property
     def state(self) -> str:
@@ -40,16 +41,20 @@ def inspect_adapter(
     base: BaseModel | None,
     name: str | None = None,
     limits: EngineLimits | None = None,
+    base_names: Collection[str] = (),
 ) -> Inspection:
-    """Read `path` and judge it against `base`; never raises for what the folder holds."""
-    name = name or path.resolve().name
+    """Read `path` and judge it against `base`; never raises for what the folder holds.
+
+    `base_names` are the names that the base is served under, which no adapter may take.
+    """
+    name = name or folder_name(path)
     reading = read_adapter(path, name)
-    findings = [*judge_name(name, base.public_name if base else None), *reading.findings]
+    findings = [*judge_name(name, base_names), *reading.findings]
     if reading.spec is not None:
         findings += admit(reading.spec, base, limits)
     try:
         chat = read_chat_settings(path)
-    except (BadInput, UnicodeDecodeError) as error:
+    except BadInput as error:
         chat = ChatSettings()
         findings.append(Finding("chat_settings_invalid", name, str(error).rstrip("."), "Repair the file."))
     return Inspection(name, path, reading.spec, chat, tuple(findings))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
@@ -45,16 +46,14 @@ class TensorSpec:
 class AdapterSpec:
     """What a PEFT folder says about itself, before anybody judged it.
 
-    `rank` and `alpha` are the values of `r` and `lora_alpha`; the patterns hold
-    the modules that differ, by name suffix, as PEFT applies them.
+    `rank` is the value of `r`; `rank_pattern` holds the modules that differ, by
+    dotted suffix of their names, as PEFT applies it.
     """
 
     name: str
     path: Path
     base_model: str | None
     rank: int
-    alpha: float
-    target_modules: tuple[str, ...]
     tensors: tuple[TensorSpec, ...]
     size_bytes: int
     rank_pattern: Mapping[str, int] = field(default_factory=dict)
@@ -77,6 +76,11 @@ class EngineLimits:
     """What the engine has room for."""
 
     max_lora_rank: int = ALLOWED_MAX_LORA_RANKS[-1]
+
+
+def folder_name(path: Path) -> str:
+    """The name that a folder is asked by: its own or its link's, never that of what a link points to."""
+    return Path(os.path.abspath(path)).name  # noqa: PTH100  resolve() would follow the link
 
 
 def allowed_rank(rank: int) -> int | None:

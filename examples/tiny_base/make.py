@@ -14,6 +14,7 @@ place and renamed, so a folder that exists is complete.
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
 import os
 import shutil
@@ -178,9 +179,28 @@ def save(
         tokenizer.padding_side = "right"
         tokenizer.save_pretrained(staging)
         (staging / "recipe.json").write_text(json.dumps(report, indent=2) + "\n")
+        if to.exists():  # an older one of ours
+            shutil.rmtree(to)
         staging.rename(to)
     finally:
         shutil.rmtree(staging, ignore_errors=True)
+
+
+def recipe_digest(seed: int, epochs: int) -> str:
+    """Digest of everything that the result depends on and that stands here."""
+    digest = hashlib.sha256(f"{seed} {epochs}".encode())
+    for path in (Path(__file__), Path(corpus.__file__)):
+        digest.update(path.read_bytes())
+    return digest.hexdigest()[:16]
+
+
+def made_by(folder: Path) -> str | None:
+    """The digest of the recipe that made `folder`; None if it was none of ours."""
+    try:
+        made: str | None = json.loads((folder / "recipe.json").read_text()).get("recipe")
+    except (OSError, ValueError, AttributeError):
+        return None
+    return made
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -189,9 +209,15 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--epochs", type=int, default=60)
     args = parser.parse_args(argv)
+    recipe = recipe_digest(args.seed, args.epochs)
     if args.output_dir.exists():
-        print(f"tiny base: {args.output_dir} is there already, nothing to do", file=sys.stderr)
-        return 0
+        if made_by(args.output_dir) == recipe:
+            print(f"tiny base: {args.output_dir} is there already, nothing to do", file=sys.stderr)
+            return 0
+        if made_by(args.output_dir) is None:
+            print(f"tiny base: {args.output_dir} was not made by this recipe, left alone", file=sys.stderr)
+            return 2
+        print("tiny base: the recipe has changed, making it anew", file=sys.stderr)
 
     import torch
 
@@ -205,6 +231,7 @@ def main(argv: list[str] | None = None) -> int:
     exact = exact_answers(model, tokenizer)
     share = sum(exact.values()) / len(exact)
     report: dict[str, object] = {
+        "recipe": recipe,
         "seed": args.seed,
         "epochs": args.epochs,
         "questions": len(exact),

@@ -6,15 +6,15 @@ import argparse
 import asyncio
 import dataclasses
 import json
-import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
+import httpx
 import openai
 from rich.table import Table
 from tqdm import tqdm
 
-from serve.chat import DEFAULT_URL
+from serve.client import make_client, server_url
 from serve.loadtest.client import run_closed_loop
 from serve.loadtest.stats import Percentiles, Summary, summarise_run
 from serve.loadtest.workload import plan_requests
@@ -23,21 +23,33 @@ from vllm_lora_ext.errors import ServerFailed, ServerUnreachable
 from vllm_lora_ext.exit_codes import run_command
 
 
-def served_models(url: str, api_key: str) -> list[str]:
+def served_models(url: str) -> list[str]:
     """Names from `/v1/models`: the base first, then the adapters.
 
     Raises:
         ServerUnreachable, ServerFailed: there is no server, or it refuses.
     """
-    client = openai.OpenAI(base_url=f"{url.rstrip('/')}/v1", api_key=api_key, max_retries=0)
     try:
-        return [model.id for model in client.models.list()]
+        return [model.id for model in make_client(url).models.list()]
     except openai.APIConnectionError as error:
-        raise ServerUnreachable(
-            url, "no server answers", "Start one with `vllm-lora serve`, or give --url."
-        ) from error
+        fix = "Start one with `vllm-lora serve`, or give --url."
+        raise ServerUnreachable(url, "no server answers", fix) from error
     except openai.APIStatusError as error:
         raise ServerFailed(url, f"answers HTTP {error.status_code}", "Is OPENAI_API_KEY set?") from error
+    except (openai.OpenAIError, httpx.HTTPError, ValueError, AttributeError) as error:
+        rule = f"the answer cannot be read ({type(error).__name__})"
+        raise ServerFailed(url, rule, "Is it an OpenAI-compatible server?") from error
+
+
+def at_least(least: int) -> Callable[[str], int]:
+    """A flag's type: a whole number, not below `least`."""
+
+    def whole_number(text: str) -> int:
+        if int(text) < least:
+            raise argparse.ArgumentTypeError(f"must be at least {least}, is {text}")
+        return int(text)
+
+    return whole_number
 
 
 def report_table(summaries: Sequence[Summary], title: str) -> Table:
@@ -59,24 +71,23 @@ def _cells(value: Percentiles | None) -> tuple[str, str]:
 
 
 def main(argv: Sequence[str]) -> int:
-    """Run the load and print the report; 1 when no request came back whole."""
+    """Run the load and print the report; 1 when a request failed."""
     parser = argparse.ArgumentParser(
         prog="vllm-lora loadtest",
         description="Closed loop: so many requests in flight, all models in turn.",
         allow_abbrev=False,
     )
-    parser.add_argument("--url", default=os.environ.get("VLLM_LORA_URL", DEFAULT_URL))
+    parser.add_argument("--url", default=server_url())
     parser.add_argument("--models", nargs="+", metavar="NAME", help="default: all that are served")
-    parser.add_argument("--num-requests", type=int, default=64)
-    parser.add_argument("--max-concurrency", type=int, default=8)
-    parser.add_argument("--prompt-words", type=int, default=16)
-    parser.add_argument("--max-tokens", type=int, default=32)
+    parser.add_argument("--num-requests", type=at_least(1), default=64)
+    parser.add_argument("--max-concurrency", type=at_least(1), default=8)
+    parser.add_argument("--prompt-words", type=at_least(1), default=16)
+    parser.add_argument("--max-tokens", type=at_least(1), default=32)
     parser.add_argument("--timeout", type=float, default=120.0, help="seconds for one request")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--json", action="store_true", help="print the figures as JSON")
     args = parser.parse_args(argv)
-    key = os.environ.get("OPENAI_API_KEY", "-")
-    models = args.models or served_models(args.url, key)
+    models = args.models or served_models(args.url)
     requests = plan_requests(models, args.num_requests, args.prompt_words, args.max_tokens, args.seed)
     with tqdm(total=len(requests), desc="load test", unit="req") as bar:
 
@@ -85,7 +96,6 @@ def main(argv: Sequence[str]) -> int:
 
         run = run_closed_loop(
             args.url,
-            key,
             requests,
             args.max_concurrency,
             args.timeout,
@@ -100,7 +110,7 @@ def main(argv: Sequence[str]) -> int:
             f"{args.prompt_words} words in, {args.max_tokens} tokens out"
         )
         screen(stderr=False).print(report_table(summaries, title))
-    return 0 if summaries and summaries[-1].completed else 1
+    return 0 if summaries[-1].completed == args.num_requests else 1
 
 
 if __name__ == "__main__":

@@ -7,8 +7,10 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
+import httpx
 import openai
 
+from serve.client import make_async_client
 from serve.loadtest.workload import PlannedRequest
 
 
@@ -45,23 +47,22 @@ async def send(client: openai.AsyncOpenAI, request: PlannedRequest) -> RequestRe
                 tokens = chunk.usage.completion_tokens
     except openai.APIStatusError as failure:
         error = f"HTTP {failure.status_code}"
-    except openai.APIError as failure:
+    except (openai.OpenAIError, httpx.HTTPError, ValueError) as failure:  # also an unreadable answer
         error = type(failure).__name__
+    if error is None and not tokens:
+        error = "no answer"
     return RequestRecord(request.model, sent, tuple(chunks), time.monotonic(), tokens, error)
 
 
 async def run_closed_loop(
     url: str,
-    api_key: str,
     requests: Sequence[PlannedRequest],
     max_concurrency: int,
     timeout_s: float,
     on_done: Callable[[], None],
 ) -> list[RequestRecord]:
     """Keep `max_concurrency` requests in flight until all are done; `on_done` after each."""
-    client = openai.AsyncOpenAI(
-        base_url=f"{url.rstrip('/')}/v1", api_key=api_key, max_retries=0, timeout=timeout_s
-    )
+    client = make_async_client(url, timeout_s)
     queue: Iterator[PlannedRequest] = iter(requests)
     records: list[RequestRecord] = []
 

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import json
+import socket
 import subprocess
 import sys
+import threading
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 from serve.cli import COMMANDS, main
+from serve.environment import Problem
 
 MakeAdapter = Callable[..., Path]
 
@@ -86,9 +89,47 @@ def test_no_server_is_a_failure_that_says_what_to_start(
     assert "vllm-lora serve" in capsys.readouterr().err
 
 
-def test_env_prints_data(capsys: pytest.CaptureFixture[str]) -> None:
-    code = main(["env", "--json"])
+@pytest.mark.parametrize("flag", ["--max-concurrency", "--num-requests", "--prompt-words", "--max-tokens"])
+def test_a_load_of_nothing_is_bad_input(flag: str) -> None:
+    with pytest.raises(SystemExit) as ended:
+        main(["loadtest", flag, "0"])
+    assert ended.value.code == 2
+
+
+@pytest.mark.parametrize(
+    "answer", [b"HTTP/1.1 200 OK\r\nContent-Length: 3\r\n\r\nhi!", b"\x00\xff garbage", b""]
+)
+@pytest.mark.parametrize("argv", [["chat", "-m", "x", "hello"], ["loadtest"], ["loadtest", "--models", "x"]])
+def test_a_server_that_talks_nonsense_is_a_failure_without_a_traceback(
+    answer: bytes, argv: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        talker = threading.Thread(target=_answer_everything, args=(server, answer), daemon=True)
+        talker.start()
+        port = server.getsockname()[1]
+        assert main([*argv, "--url", f"http://127.0.0.1:{port}"]) == 1
+    assert "Traceback" not in capsys.readouterr().err
+
+
+def _answer_everything(server: socket.socket, answer: bytes) -> None:
+    while True:
+        try:
+            connection, _ = server.accept()
+        except OSError:
+            return
+        with connection:
+            connection.recv(1 << 16)
+            connection.sendall(answer)
+
+
+def test_env_prints_data_and_fails_when_something_is_missing(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("serve.environment.problems", list)
+    assert main(["env", "--json"]) == 0
     facts = json.loads(capsys.readouterr().out)
     assert facts["cores"] >= 1
     assert facts["torch"]
-    assert code == (1 if facts["problems"] else 0)
+    monkeypatch.setattr("serve.environment.problems", lambda: [Problem("all of it", "make setup")])
+    assert main(["env"]) == 1
+    assert "mend it with: make setup" in capsys.readouterr().out

@@ -5,6 +5,8 @@ from __future__ import annotations
 import importlib.util
 import os
 import socket
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -12,7 +14,7 @@ import pytest
 
 from serve import launch
 from serve.config import read_own_flags
-from vllm_lora_ext.contract import ChatSettings
+from serve.process import free_port
 from vllm_lora_ext.errors import BadSetting, MissingPackage, PortInUse
 
 
@@ -41,7 +43,7 @@ def test_without_a_list_everything_that_loads_by_itself_still_does() -> None:
 
 
 def test_what_the_user_set_stays(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(os, "cpu_count", lambda: 2)
+    monkeypatch.setattr(launch, "usable_cores", lambda: 2)
     launch.prepare_environment()
     assert os.environ["VLLM_CPU_NUM_OF_RESERVED_CPU"] == "0"
     os.environ["VLLM_CPU_NUM_OF_RESERVED_CPU"] = "1"
@@ -50,9 +52,19 @@ def test_what_the_user_set_stays(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_a_large_machine_keeps_vllms_reserved_core(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(os, "cpu_count", lambda: 32)
+    monkeypatch.setattr(launch, "usable_cores", lambda: 32)
     launch.prepare_environment()
     assert "VLLM_CPU_NUM_OF_RESERVED_CPU" not in os.environ
+
+
+@pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="cores are bound on Linux only")
+def test_the_cores_that_we_may_use_are_counted_not_those_of_the_machine() -> None:
+    code = (
+        "import os; os.sched_setaffinity(0, {min(os.sched_getaffinity(0))});"
+        "from serve.launch import usable_cores; print(usable_cores())"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout == "1\n"
 
 
 def test_an_absent_folder_is_told_before_anything_is_loaded(
@@ -74,7 +86,6 @@ def test_our_flags_are_taken_out_and_all_others_are_left_in_order() -> None:
     argv = ["base", "--adapters", "a", "--max-loras", "4", "--adapters=x=b", "--strict", "--port", "1"]
     own = read_own_flags(argv)
     assert own.adapters == ("a", "x=b")
-    assert own.strict
     assert own.passed_on == ("base", "--max-loras", "4", "--port", "1")
 
 
@@ -89,11 +100,27 @@ def test_a_port_in_use_is_told_with_its_number() -> None:
     launch.check_port("127.0.0.1", port, by_file=False)
 
 
-def test_a_stated_template_gives_way_to_a_trained_one_only() -> None:
-    from serve.endpoint import template_to_use
+@pytest.mark.parametrize("port", [-1, 65536])
+def test_a_port_that_is_none_is_told(port: int) -> None:
+    with pytest.raises(BadSetting, match="0 to 65535"):
+        launch.check_port("", port, by_file=False)
 
-    trained, foreign = ChatSettings("t", trained=True), ChatSettings("f")
-    assert template_to_use(trained, None) == template_to_use(trained, "stated.jinja") == "t"
-    assert template_to_use(foreign, None) == "f"
-    assert template_to_use(foreign, "stated.jinja") is None
-    assert template_to_use(ChatSettings(), None) is None
+
+def test_an_address_of_another_machine_is_told() -> None:
+    with pytest.raises(BadSetting, match=r"--host 192\.0\.2\.77"):
+        launch.check_port("192.0.2.77", free_port(), by_file=False)
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["base", "--port", "1"],
+        ["--port", "1", "base"],
+        ["--model", "base", "--port", "1"],
+        ["--model=base", "--port", "1"],
+        ["base", "--lora-modules", "a=b", "c=d", "--port", "1"],
+        ["base", "--lora_modules=a=b", "--port", "1"],
+    ],
+)
+def test_base_and_adapters_stand_once_in_the_plain_command(words: list[str]) -> None:
+    assert launch.vllm_words(words, "base") == ["--port", "1"]

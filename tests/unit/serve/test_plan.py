@@ -10,7 +10,7 @@ from vllm_lora_ext.spec import AdapterSpec
 
 
 def specs(*ranks: int) -> list[AdapterSpec]:
-    return [AdapterSpec(f"a{i}", Path(), None, rank, 16, (), (), 1) for i, rank in enumerate(ranks)]
+    return [AdapterSpec(f"a{i}", Path(), None, rank, (), 1) for i, rank in enumerate(ranks)]
 
 
 def values(items: list[Inferred]) -> dict[str, Any]:

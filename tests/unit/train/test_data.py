@@ -46,6 +46,7 @@ def test_a_byte_order_mark_and_a_null_input_do_not_matter(tmp_path: Path) -> Non
         ([{**GOOD, "output": " "}], r"row 1: `output` is empty"),
         ([{**GOOD, "instruction": ""}], r"row 1: `instruction` is empty"),
         ([GOOD, {**GOOD, "output": "I am {{name}}."}], r"row 2 holds \{\{name\}\}.*1 of 2 rows"),
+        ([{**GOOD, "output": "\ud800"}], r"row 1: `output` holds half a character"),
         ([{**GOOD, "input": "{{ author }}"}], r"row 1 holds \{\{ author \}\}"),
     ],
 )

@@ -95,7 +95,10 @@ def test_quotes_braces_and_emoji_in_a_template_survive(tokenizer: Any) -> None:
     assert tokenizer.decode(ids) == "'\"问 😀 a\nb\n\n答:"
 
 
-@pytest.mark.parametrize("template", ["no slot", "{input}{instruction}", "{instruction}\nInput: {input}"])
+@pytest.mark.parametrize(
+    "template",
+    ["no slot", "{instruction} {instruction}", "{input}{instruction}", "{instruction}\nInput: {input}"],
+)
 def test_a_text_that_a_chat_message_cannot_fill_is_refused(tokenizer: Any, template: str) -> None:
     with pytest.raises(BadSetting, match="--prompt-template"):
         prompt_form(template, tokenizer)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
@@ -11,16 +12,16 @@ from typing import Any
 import pytest
 import torch
 
-from tests.conftest import ROOT
-from train.__main__ import train
+from tests.conftest import BASE_CONFIG, ROOT
+from train.__main__ import _steps_line, train
 from train.answers import LocalChat
-from train.config import TrainConfig
+from train.config import TrainConfig, planned_steps
 from train.export import finished_folder
 from train.merge import merge
 from train.prompts import Example
-from train.trainer import collate, count_correct, planned_steps
+from train.trainer import collate, count_correct
 from vllm_lora_ext.base_model import read_base_model
-from vllm_lora_ext.contract import read_chat_settings
+from vllm_lora_ext.contract import Identity, read_chat_settings, write_contract
 from vllm_lora_ext.errors import BadBaseModel, BadData, BadSetting, OutputExists, TrainingFailed
 from vllm_lora_ext.inspection import inspect_adapter
 
@@ -30,10 +31,18 @@ Config = Callable[..., TrainConfig]
 
 @pytest.fixture(scope="module")
 def random_base(tmp_path_factory: pytest.TempPathFactory, recipe: ModuleType) -> str:
-    """The tiny base before its training: right in form, random in weights."""
+    """A smaller sister of the tiny base, never trained: right in form, random in weights."""
+    from transformers import Qwen2Config, Qwen2ForCausalLM
+
     folder = tmp_path_factory.mktemp("random") / "base"
     tokenizer = recipe.make_tokenizer()
-    recipe.make_model(tokenizer, seed=0).save_pretrained(folder)
+    torch.manual_seed(0)
+    config = Qwen2Config(
+        **{**BASE_CONFIG, "vocab_size": len(tokenizer)},
+        eos_token_id=tokenizer.eos_token_id,
+        tie_word_embeddings=True,
+    )
+    Qwen2ForCausalLM(config).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return str(folder)
 
@@ -67,7 +76,7 @@ def test_a_run_writes_a_folder_that_admission_takes(
     assert [path.name for path in folder.parent.iterdir()] == ["xiaoli"]
     told = capsys.readouterr().err
     assert "trainable parameters" in told
-    assert "steps = 82 rows x 20 epochs / 4 = 2" in told
+    assert "steps = 2 (--max-steps)" in told
     assert "token accuracy" in told
 
 
@@ -110,6 +119,8 @@ def test_a_folder_that_is_not_ours_is_never_replaced(config: Config, tmp_path: P
         ({"max_length": 4}, BadData),
         ({"data": ("nowhere.json",)}, BadData),
         ({"lora_alpha": 1e45}, TrainingFailed),
+        ({"output_dir": DATA}, BadSetting),
+        ({"output_dir": DATA + "/below"}, BadSetting),
     ],
 )
 def test_a_run_that_cannot_work_writes_nothing(
@@ -120,15 +131,65 @@ def test_a_run_that_cannot_work_writes_nothing(
     assert not list((tmp_path / "adapters").glob("**/*"))
 
 
+@pytest.mark.parametrize("foreign", ['[{"instruction": "a"}]', '{"a": 1}', "{", "[" * 100_000])
+def test_a_folder_with_an_identity_json_of_another_kind_is_not_ours(
+    config: Config, tmp_path: Path, foreign: str
+) -> None:
+    mine = tmp_path / "adapters" / "xiaoli"
+    mine.mkdir(parents=True)
+    (mine / "identity.json").write_text(foreign)
+    with pytest.raises(OutputExists, match="not written by this tool"):
+        train(config(overwrite=True))
+    assert (mine / "identity.json").read_text() == foreign
+
+
+def test_what_appears_during_the_work_is_not_replaced(tmp_path: Path) -> None:
+    folder = tmp_path / "x"
+    with pytest.raises(OutputExists), finished_folder(folder, overwrite=True):
+        folder.mkdir()
+        (folder / "holiday.jpg").touch()
+    assert [path.name for path in tmp_path.iterdir()] == ["x"]
+    assert [path.name for path in folder.iterdir()] == ["holiday.jpg"]
+
+
+@pytest.mark.parametrize(
+    ("file", "content"),
+    [
+        ("model.safetensors", b"\x08\0\0\0\0\0\0\0"),
+        ("config.json", None),
+        ("chat_template.jinja", b"{% for %}"),
+        ("tokenizer.json", b"{"),
+    ],
+)
+def test_a_damaged_base_is_named_and_nothing_is_written(
+    config: Config, random_base: str, tmp_path: Path, file: str, content: bytes | None
+) -> None:
+    damaged = tmp_path / "damaged"
+    shutil.copytree(random_base, damaged)
+    if content is None:
+        body = json.loads((damaged / file).read_text())
+        content = json.dumps({**body, "hidden_size": 96}).encode()
+    (damaged / file).write_bytes(content)
+    with pytest.raises(BadBaseModel, match="damaged"):
+        train(config(base_model=str(damaged)))
+    assert not list((tmp_path / "adapters").glob("**/*"))
+
+
+def test_the_steps_line_is_arithmetic_that_holds(config: Config) -> None:
+    assert _steps_line(80, config(max_steps=-1)) == "steps = 80 rows x 20 epochs / batch of 4 = 400"
+    assert _steps_line(82, config(max_steps=-1)).endswith("= 420 (the last batch of an epoch is smaller)")
+
+
 def test_a_failed_write_leaves_the_old_folder(tmp_path: Path) -> None:
     folder = tmp_path / "x"
     folder.mkdir()
     (folder / "old").touch()
-    with pytest.raises(OSError, match="disk full"), finished_folder(folder) as staging:
+    write_contract(folder, Identity("x", "template"))
+    with pytest.raises(OSError, match="disk full"), finished_folder(folder, True) as staging:
         (staging / "half").touch()
         raise OSError("disk full")
     assert [path.name for path in tmp_path.iterdir()] == ["x"]
-    assert [path.name for path in folder.iterdir()] == ["old"]
+    assert (folder / "old").exists()
 
 
 def test_base_and_adapter_answer_side_by_side(config: Config) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import json
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -49,6 +49,17 @@ def test_a_fitting_adapter_is_admitted_without_a_word(make_adapter: MakeAdapter)
         ({"bias": "all"}, "feature_unsupported"),
         ({"modules_to_save": ["lm_head"]}, "feature_unsupported"),
         ({"init_lora_weights": "pissa"}, "init_unsupported"),
+        ({"use_qalora": True}, "feature_unsupported"),
+        ({"use_bdlora": {"a": 1}}, "feature_unsupported"),
+        ({"target_modules": None}, "target_modules_invalid"),
+        ({"lora_alpha": 10**400}, "alpha_invalid"),
+        ({"lora_alpha": {}}, "alpha_invalid"),
+        ({"r": []}, "rank_invalid"),
+        ({"rank_pattern": []}, "pattern_unsupported"),
+        ({"rank_pattern": {"(a|a)*b": 8}}, "pattern_unsupported"),
+        ({"alpha_pattern": {"(": 8}}, "pattern_unsupported"),
+        ({"rank_pattern": {"q_proj": [True]}}, "rank_invalid"),
+        ({"rank_pattern": {"q_proj": -1}}, "rank_invalid"),
         ({"r": 4}, "rank_mismatch"),
     ],
 )
@@ -60,7 +71,7 @@ def test_a_config_that_cannot_be_served_is_refused(
     assert not inspection.admitted
 
 
-@pytest.mark.parametrize("init", [True, False, None, "gaussian", "eva", "orthogonal"])
+@pytest.mark.parametrize("init", [True, False, None, "gaussian", "Gaussian", "eva", "mica", "lora_ga"])
 def test_initialisations_that_leave_the_base_alone_are_served(make_adapter: MakeAdapter, init: Any) -> None:
     assert inspect_adapter(make_adapter(init_lora_weights=init), BASE).state == "admitted"
 
@@ -112,13 +123,16 @@ def test_fewer_layers_than_the_base_are_fine(make_adapter: MakeAdapter) -> None:
     assert inspect_adapter(make_adapter(tensors=lora_tensors(layers=1)), BASE).state == "admitted"
 
 
-def test_a_rank_pattern_is_the_rank_of_its_modules(make_adapter: MakeAdapter) -> None:
+@pytest.mark.parametrize("pattern", [{"q_proj": 16}, {"self_attn.q_proj|nothing": 16}])
+def test_a_rank_pattern_is_the_rank_of_its_modules(
+    make_adapter: MakeAdapter, pattern: dict[str, int]
+) -> None:
     tensors = lora_tensors()
     for layer in range(2):
         stem = f"base_model.model.model.layers.{layer}.self_attn.q_proj"
         tensors[f"{stem}.lora_A.weight"] = np.zeros((16, 64), np.float32)
         tensors[f"{stem}.lora_B.weight"] = np.zeros((64, 16), np.float32)
-    inspection = inspect_adapter(make_adapter(tensors=tensors, rank_pattern={"q_proj": 16}), BASE)
+    inspection = inspect_adapter(make_adapter(tensors=tensors, rank_pattern=pattern), BASE)
     assert inspection.state == "admitted"
     assert require_admitted(inspection).max_rank == 16
 
@@ -195,17 +209,17 @@ def test_an_adapter_without_tensors_is_refused(make_adapter: MakeAdapter) -> Non
     "name", ["", ".", "..", "../x", "/etc", "a/b", "a\\b", "a\n", "a\0", "x" * 65, "%2e%2e", "a@b", " a"]
 )
 def test_names_that_could_mean_something_else_are_refused(name: str) -> None:
-    assert [finding.code for finding in judge_name(name, None)] == ["adapter_name_invalid"]
+    assert [finding.code for finding in judge_name(name)] == ["adapter_name_invalid"]
 
 
 @pytest.mark.parametrize("name", ["text", "image", "audio", "video", "input", "warmup_1", "base"])
 def test_reserved_names_are_refused(name: str) -> None:
-    assert [finding.code for finding in judge_name(name, "base")] == ["adapter_name_reserved"]
+    assert [finding.code for finding in judge_name(name, ["base"])] == ["adapter_name_reserved"]
 
 
 @pytest.mark.parametrize("name", ["xiaoli", "小李", "v1.2", "a-b_c"])
 def test_ordinary_names_are_fine(name: str) -> None:
-    assert judge_name(name, "base") == []
+    assert judge_name(name, ["base"]) == []
 
 
 def test_a_rank_is_rounded_up_to_one_that_vllm_allocates() -> None:
@@ -219,6 +233,27 @@ def test_broken_chat_settings_refuse_the_adapter(make_adapter: MakeAdapter) -> N
     assert codes(inspect_adapter(folder, BASE)) == {"chat_settings_invalid"}
 
 
-def test_findings_are_data(make_adapter: MakeAdapter) -> None:
+@pytest.mark.parametrize("file", ["adapter_model.safetensors", "chat_template.jinja", "adapter_config.json"])
+def test_a_pipe_in_place_of_a_file_is_refused_and_does_not_hang(make_adapter: MakeAdapter, file: str) -> None:
+    folder = make_adapter()
+    (folder / file).unlink(missing_ok=True)
+    os.mkfifo(folder / file)
+    assert not inspect_adapter(folder, BASE).admitted
+
+
+@pytest.mark.parametrize("module", ["lm_head", "model.embed_tokens"])
+def test_lora_on_the_vocabulary_is_left_to_the_engine(make_adapter: MakeAdapter, module: str) -> None:
+    kind = (
+        ("lora_embedding_A", "lora_embedding_B") if "embed" in module else ("lora_A.weight", "lora_B.weight")
+    )
+    extra = {f"base_model.model.{module}.{side}": np.zeros((8, 8), np.float32) for side in kind}
+    inspection = inspect_adapter(make_adapter(tensors=lora_tensors() | extra), BASE)
+    assert (inspection.state, codes(inspection)) == ("unproven", {"vocabulary_unproven"})
+
+
+def test_a_finding_is_written_with_code_item_rule_and_fix(make_adapter: MakeAdapter) -> None:
     (finding,) = inspect_adapter(make_adapter(peft_type="IA3"), BASE).findings
-    assert json.dumps({"code": finding.code}) and str(finding).startswith("[peft_type_unsupported]")
+    assert str(finding) == (
+        "[peft_type_unsupported] peft_type: is 'IA3'; vLLM serves LORA only. "
+        "Train a LoRA, or merge the adapter into its base."
+    )

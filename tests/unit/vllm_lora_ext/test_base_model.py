@@ -45,6 +45,29 @@ def test_an_unknown_architecture_has_no_shapes() -> None:
     assert BaseModel("x", {"model_type": "qwen2"}).module_shapes() is None
 
 
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"model_type": ["qwen2"]},
+        {"num_key_value_heads": "abc"},
+        {"num_attention_heads": 0},
+        {"hidden_size": None},
+    ],
+)
+def test_a_config_that_makes_no_sense_has_no_shapes(change: dict[str, object]) -> None:
+    assert BaseModel("x", {**BASE_CONFIG, **change}).module_shapes() is None
+
+
+def test_a_name_that_is_no_path_is_refused() -> None:
+    with pytest.raises(BadBaseModel):
+        read_base_model("x" * 5000)
+
+
+def test_a_link_is_served_under_its_own_name(base_folder: Path) -> None:
+    (base_folder.parent / "mine").symlink_to(base_folder)
+    assert read_base_model(str(base_folder.parent / "mine")).public_name == "mine"
+
+
 def test_the_fingerprint_ignores_names_and_sees_sizes() -> None:
     one = BaseModel("here", BASE_CONFIG)
     assert one.fingerprint == BaseModel("there", {**BASE_CONFIG, "_name_or_path": "x"}).fingerprint

@@ -7,7 +7,14 @@ from pathlib import Path
 
 import pytest
 
-from vllm_lora_ext.contract import Identity, is_ours, read_chat_settings, write_contract
+from vllm_lora_ext.contract import (
+    ChatSettings,
+    Identity,
+    is_ours,
+    read_chat_settings,
+    template_to_use,
+    write_contract,
+)
 from vllm_lora_ext.errors import BadInput
 
 TEMPLATE = "{{ messages[0]['content'] }}\r\n\n小李"  # must survive byte for byte
@@ -42,7 +49,23 @@ def test_without_a_template_the_bases_own_is_used(tmp_path: Path) -> None:
     assert read_chat_settings(tmp_path).state == "base"
 
 
-def test_a_file_that_cannot_be_read_is_named(tmp_path: Path) -> None:
-    (tmp_path / "tokenizer_config.json").write_text("{")
-    with pytest.raises(BadInput, match=r"tokenizer_config\.json"):
+@pytest.mark.parametrize(
+    ("file", "content"),
+    [
+        ("tokenizer_config.json", b"{"),
+        ("tokenizer_config.json", b"[" * 100_000),
+        ("chat_template.jinja", b"\xff"),
+    ],
+)
+def test_a_file_that_cannot_be_read_is_named(tmp_path: Path, file: str, content: bytes) -> None:
+    (tmp_path / file).write_bytes(content)
+    with pytest.raises(BadInput, match=file):
         read_chat_settings(tmp_path)
+
+
+def test_a_stated_template_gives_way_to_a_trained_one_only() -> None:
+    trained, foreign = ChatSettings("t", trained=True), ChatSettings("f")
+    assert template_to_use(trained, None) == template_to_use(trained, "stated.jinja") == "t"
+    assert template_to_use(foreign, None) == "f"
+    assert template_to_use(foreign, "stated.jinja") is None
+    assert template_to_use(ChatSettings(), None) is None
