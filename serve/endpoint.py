@@ -66,6 +66,8 @@ class AdapterEndpoint:
         from vllm.entrypoints.serve.engine.protocol import ErrorResponse
         from vllm.entrypoints.serve.lora.protocol import LoadLoRAAdapterRequest
 
+        if engine_client is not None:
+            remember_death(engine_client, args)
         if engine_client is None or state.vllm_config.lora_config is None:
             return
         models: OpenAIServingModels = state.openai_serving_models
@@ -88,6 +90,21 @@ class AdapterEndpoint:
         served = ", ".join(models.lora_requests) or "none"
         count = len(models.lora_requests)
         logger.info("Ready with base model %s and %d adapters: %s", models.model_name(), count, served)
+
+
+def remember_death(engine_client: EngineClient, args: Namespace) -> None:
+    """Note in `args.engine_died` whether the engine was dead before it was told to stop.
+
+    vLLM ends its server then as if it had been asked to, and afterwards both look alike.
+    """
+    upstream = engine_client.shutdown
+
+    def shutdown(*positional: Any, **named: Any) -> Any:
+        if not hasattr(args, "engine_died"):  # it is called more than once
+            args.engine_died = engine_client.errored
+        return upstream(*positional, **named)
+
+    engine_client.shutdown = shutdown
 
 
 def guard_loading(

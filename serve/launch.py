@@ -23,7 +23,7 @@ from serve.fleet import (
 from serve.plan import flag_of, infer_adapters, infer_kv_cache, infer_server, plain_command
 from serve.screen import screen
 from vllm_lora_ext.base_model import BaseModel, read_base_model
-from vllm_lora_ext.errors import AdapterRefused, BadSetting, MissingPackage, PortInUse
+from vllm_lora_ext.errors import AdapterRefused, BadSetting, MissingPackage, PortInUse, ServerFailed
 from vllm_lora_ext.inspection import Inspection
 from vllm_lora_ext.spec import EngineLimits
 
@@ -237,12 +237,18 @@ def check_port(host: str, port: int, by_file: bool) -> None:
 
 
 def run_server(args: argparse.Namespace) -> int:
-    """Hand over to vLLM's own `serve`."""
+    """Hand over to vLLM's own `serve`.
+
+    Raises:
+        ServerFailed: the engine died while it served.
+    """
     from vllm.entrypoints.cli.serve import ServeSubcommand
 
     command = ServeSubcommand()
     command.validate(args)
     command.cmd(args)
+    if getattr(args, "engine_died", False):
+        raise ServerFailed("the engine", "died while it served", "Its last words stand above.")
     return 0
 
 

@@ -21,6 +21,7 @@ SYMBOLS = {
     "vllm.entrypoints.serve.engine.protocol": ("ErrorResponse",),
     "vllm.entrypoints.serve.lora.protocol": ("LoadLoRAAdapterRequest",),
     "vllm.entrypoints.serve.utils.api_utils": ("cli_env_setup",),
+    "vllm.v1.engine.async_llm": ("AsyncLLM.shutdown", "AsyncLLM.errored", "AsyncLLM.check_health"),
     "vllm.renderers.online_renderer": ("OnlineRenderer.preprocess_chat",),
     "vllm.utils.argparse_utils": ("FlexibleArgumentParser",),
 }
