@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import argparse
+import io
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from serve.client import make_client, server_url
+from serve.flags import at_least
 from vllm_lora_ext.errors import ServerFailed, ServerUnreachable
 from vllm_lora_ext.spec import folder_name
 
@@ -30,19 +32,21 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("--url", default=server_url())
     parser.add_argument("--base-model", help="with --local: its base (default: the one it names)")
     parser.add_argument("--temperature", type=float, default=0.0)
-    parser.add_argument("--max-tokens", type=int, default=256)
+    parser.add_argument("--max-tokens", type=at_least(1), default=256)
     args = parser.parse_args(argv)
     if args.local:
         ask = local_asker(args.local, args.base_model, args.max_tokens)
     else:
         ask = server_asker(args.url, args.model, args.temperature, args.max_tokens)
     for question in [args.question] if args.question else questions():
-        ask(question)
+        ask(question.encode("utf-8", "replace").decode())  # a terminal may pass on half a character
     return 0
 
 
 def questions() -> Iterator[str]:
     """Questions typed by a person, or piped in, one a line."""
+    if isinstance(sys.stdin, io.TextIOWrapper):
+        sys.stdin.reconfigure(errors="replace")
     while True:
         try:
             line = input("> " if sys.stdin.isatty() else "")

@@ -34,7 +34,7 @@ class AdapterSource:
     @property
     def folder(self) -> Path | None:
         """The adapter's folder; None for a hub id, which is left to vLLM."""
-        path = Path(self.path).expanduser()
+        path = _expanded(self.path)
         return path if path.exists() or self.path.startswith((".", "/", "~")) else None
 
 
@@ -46,14 +46,21 @@ def find_sources(values: Sequence[str]) -> list[AdapterSource]:
     """
     sources = []
     for value in values:
-        whole = Path(value).expanduser()
+        whole = _expanded(value)
         name, separator, path = value.partition("=")
         if separator and not whole.exists():
-            sources.append(AdapterSource(name, str(_existing(Path(path).expanduser()))))
+            sources.append(AdapterSource(name, str(_existing(_expanded(path)))))
         else:
             folders = adapter_folders(_existing(whole))
             sources += [AdapterSource(folder_name(folder), str(folder)) for folder in folders]
     return sources
+
+
+def _expanded(path: str) -> Path:
+    try:
+        return Path(path).expanduser()
+    except RuntimeError:  # there is no such user
+        return Path(path)
 
 
 def _existing(path: Path) -> Path:

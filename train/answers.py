@@ -7,15 +7,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from train.model import load_base, load_tokenizer, training_dtype
+from train.model import attach_adapter, load_base, load_tokenizer, training_dtype
 from vllm_lora_ext.base_model import read_base_model
-from vllm_lora_ext.errors import BadSetting
+from vllm_lora_ext.errors import BadInput, BadSetting
 from vllm_lora_ext.inspection import inspect_adapter, require_admitted
 from vllm_lora_ext.peft_format import CONFIG_FILE
 
 if TYPE_CHECKING:
     from peft import PeftModel
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import BatchEncoding, PreTrainedModel, PreTrainedTokenizerBase
 
 
 @dataclass(frozen=True)
@@ -50,14 +50,12 @@ class LocalChat:
     """A base with one adapter in memory; the base answers with the adapter switched off."""
 
     def __init__(self, adapter_dir: Path, base_model: str | None = None) -> None:
-        from peft import PeftModel
-
         base_name = base_model_of(adapter_dir, base_model)
         inspection = inspect_adapter(adapter_dir, read_base_model(base_name))
         require_admitted(inspection)
         self.tokenizer: PreTrainedTokenizerBase = load_tokenizer(base_name)
         base: PreTrainedModel = load_base(base_name, training_dtype("auto"))
-        self.model: PeftModel = PeftModel.from_pretrained(base, str(adapter_dir))
+        self.model: PeftModel = attach_adapter(base, adapter_dir)
         self.model.eval()
         self.adapter_template = inspection.chat.template
 
@@ -71,14 +69,23 @@ class LocalChat:
         if template is None and self.tokenizer.chat_template is None:
             inputs = self.tokenizer(question, return_tensors="pt")
         else:
-            inputs = self.tokenizer.apply_chat_template(
+            inputs = self._render(question, template)
+        inputs = inputs.to(self.model.device)
+        out = self.model.generate(**inputs, max_new_tokens=max_tokens, do_sample=False)
+        answer = out[0, inputs["input_ids"].shape[1] :]
+        return str(self.tokenizer.decode(answer, skip_special_tokens=True)).strip()
+
+    def _render(self, question: str, template: str | None) -> BatchEncoding:
+        import jinja2
+
+        try:
+            return self.tokenizer.apply_chat_template(
                 [{"role": "user", "content": question}],
                 chat_template=template,
                 add_generation_prompt=True,
                 return_dict=True,
                 return_tensors="pt",
             )
-        inputs = inputs.to(self.model.device)
-        out = self.model.generate(**inputs, max_new_tokens=max_tokens, do_sample=False)
-        answer = out[0, inputs["input_ids"].shape[1] :]
-        return str(self.tokenizer.decode(answer, skip_special_tokens=True)).strip()
+        except (jinja2.TemplateError, TypeError) as error:
+            rule = f"cannot be rendered ({error})"
+            raise BadInput("the chat template", rule, "Repair chat_template.jinja.") from error

@@ -10,7 +10,7 @@ from pathlib import Path
 from train.answers import base_model_of
 from train.export import check_output, finished_folder
 from vllm_lora_ext.base_model import read_base_model
-from vllm_lora_ext.errors import OutputExists
+from vllm_lora_ext.errors import BadInput, OutputExists
 from vllm_lora_ext.inspection import inspect_adapter, require_admitted
 
 
@@ -32,15 +32,17 @@ def merge(adapter_dir: Path, base_model: str | None, output_dir: Path) -> None:
     require_admitted(inspection)
 
     import torch
-    from peft import PeftModel
     from transformers import AutoConfig
 
-    from train.model import load_base, load_tokenizer
+    from train.model import attach_adapter, load_base, load_tokenizer
 
     tokenizer = load_tokenizer(base_name)
+    model = attach_adapter(load_base(base_name, torch.float32), adapter_dir)
     stored_dtype = AutoConfig.from_pretrained(base_name).dtype or torch.float32
-    model = PeftModel.from_pretrained(load_base(base_name, torch.float32), str(adapter_dir))
-    merged = model.merge_and_unload(safe_merge=True).to(dtype=stored_dtype)
+    try:
+        merged = model.merge_and_unload(safe_merge=True).to(dtype=stored_dtype)
+    except ValueError as error:  # PEFT's check for NaN
+        raise BadInput(str(adapter_dir), str(error).rstrip("."), "Train it again.") from error
     if inspection.chat.template is not None:
         tokenizer.chat_template = inspection.chat.template
     with finished_folder(output_dir) as staging:

@@ -3,19 +3,17 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from train.config import TrainConfig
 from vllm_lora_ext.base_model import read_base_model
-from vllm_lora_ext.errors import BadBaseModel, BadSetting
+from vllm_lora_ext.errors import BadBaseModel, BadInput, BadSetting
 
 if TYPE_CHECKING:
     import torch
     from peft import PeftModel
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
-
-# What transformers raises for files that are missing, cut short or do not fit together.
-_LOADING_ERRORS = (OSError, ValueError, ImportError, RuntimeError, TypeError, KeyError, ArithmeticError)
 
 
 @dataclass(frozen=True)
@@ -53,7 +51,7 @@ def load_tokenizer(base_model: str) -> PreTrainedTokenizerBase:
     read_base_model(base_model)
     try:
         tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(base_model)
-    except _LOADING_ERRORS as error:
+    except Exception as error:  # transformers lets through whatever damaged files cause
         raise BadBaseModel(
             base_model,
             f"its tokenizer cannot be loaded ({_first_line(error)})",
@@ -73,12 +71,11 @@ def load_base(base_model: str, dtype: torch.dtype) -> PreTrainedModel:
         BadBaseModel: its weights cannot be loaded.
     """
     import torch
-    from safetensors import SafetensorError
     from transformers import AutoModelForCausalLM
 
     try:
         model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(base_model, dtype=dtype)
-    except (*_LOADING_ERRORS, SafetensorError) as error:
+    except Exception as error:  # as above
         raise BadBaseModel(
             base_model, f"cannot be loaded ({_first_line(error)})", "Restore its files."
         ) from error
@@ -109,6 +106,21 @@ def add_adapter(model: PreTrainedModel, config: TrainConfig) -> PeftModel:
             f"do not fit this base ({_first_line(error)})",
             "Name linear modules of the base, for example q_proj v_proj.",
         ) from error
+
+
+def attach_adapter(model: PreTrainedModel, adapter_dir: Path) -> PeftModel:
+    """The base with a trained adapter on it.
+
+    Raises:
+        BadInput: PEFT cannot load the folder.
+    """
+    from peft import PeftModel
+
+    try:
+        return PeftModel.from_pretrained(model, str(adapter_dir))
+    except Exception as error:  # PEFT lets through whatever damaged files cause
+        rule = f"PEFT cannot load it ({_first_line(error)})"
+        raise BadInput(str(adapter_dir), rule, "Save it with PEFT again.") from error
 
 
 def count_parameters(model: PeftModel) -> ParameterCount:

@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 
 from vllm_lora_ext.errors import VllmLoraError
 
+BAD_INPUT = 2
 INTERRUPTED = 130  # 128 + SIGINT, as shells count
 
 
@@ -17,6 +18,11 @@ def run_command(command: Callable[[Sequence[str]], int], argv: Sequence[str]) ->
     except VllmLoraError as error:
         print(f"error: {error}", file=sys.stderr)
         return error.exit_code
+    except OSError as error:  # a path that no check of ours foresaw
+        if error.filename is None:
+            raise
+        print(f"error: {str(error.filename)[:200]}: {error.strerror}.", file=sys.stderr)
+        return BAD_INPUT
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return INTERRUPTED

@@ -7,7 +7,7 @@ import asyncio
 import dataclasses
 import json
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import httpx
 import openai
@@ -15,6 +15,7 @@ from rich.table import Table
 from tqdm import tqdm
 
 from serve.client import make_client, server_url
+from serve.flags import at_least
 from serve.loadtest.client import run_closed_loop
 from serve.loadtest.stats import Percentiles, Summary, summarise_run
 from serve.loadtest.workload import plan_requests
@@ -39,17 +40,6 @@ def served_models(url: str) -> list[str]:
     except (openai.OpenAIError, httpx.HTTPError, ValueError, AttributeError) as error:
         rule = f"the answer cannot be read ({type(error).__name__})"
         raise ServerFailed(url, rule, "Is it an OpenAI-compatible server?") from error
-
-
-def at_least(least: int) -> Callable[[str], int]:
-    """A flag's type: a whole number, not below `least`."""
-
-    def whole_number(text: str) -> int:
-        if int(text) < least:
-            raise argparse.ArgumentTypeError(f"must be at least {least}, is {text}")
-        return int(text)
-
-    return whole_number
 
 
 def report_table(summaries: Sequence[Summary], title: str) -> Table:

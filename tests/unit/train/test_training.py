@@ -22,7 +22,7 @@ from train.prompts import Example
 from train.trainer import collate, count_correct
 from vllm_lora_ext.base_model import read_base_model
 from vllm_lora_ext.contract import Identity, read_chat_settings, write_contract
-from vllm_lora_ext.errors import BadBaseModel, BadData, BadSetting, OutputExists, TrainingFailed
+from vllm_lora_ext.errors import BadBaseModel, BadData, BadInput, BadSetting, OutputExists, TrainingFailed
 from vllm_lora_ext.inspection import inspect_adapter
 
 DATA = str(ROOT / "examples" / "identities" / "xiaoli.json")
@@ -214,6 +214,25 @@ def test_a_merged_model_computes_what_base_and_adapter_compute(config: Config, t
     assert not torch.allclose(merged, alone, atol=1e-1)
     with pytest.raises(OutputExists):
         merge(folder, None, out)
+
+
+def test_a_damaged_adapter_is_named_and_not_merged(config: Config, tmp_path: Path) -> None:
+    from safetensors.torch import load_file, save_file
+
+    folder = Path(train(config()))
+    weights = folder / "adapter_model.safetensors"
+    tensors = load_file(weights)
+    save_file({name: tensor * float("nan") for name, tensor in tensors.items()}, weights)
+    with pytest.raises(BadInput, match="xiaoli"):
+        merge(folder, None, tmp_path / "merged")
+    (folder / "chat_template.jinja").write_text("{% for %}")
+    with pytest.raises(BadInput, match="chat template"):
+        LocalChat(folder).ask("Who are you?")
+    settings = folder / "adapter_config.json"
+    settings.write_text(json.dumps({**json.loads(settings.read_text()), "target_modules": "("}))
+    with pytest.raises(BadInput, match="PEFT cannot load it"):
+        LocalChat(folder)
+    assert not (tmp_path / "merged").exists()
 
 
 def test_steps_are_rows_times_epochs_over_batch(config: Config) -> None:

@@ -33,4 +33,7 @@ def test_errors_become_exit_codes(capsys: pytest.CaptureFixture[str]) -> None:
     assert fails_with(errors.BadData("row 1", "is empty")) == 2
     assert fails_with(errors.ServerUnreachable("url", "no server answers")) == 1
     assert fails_with(KeyboardInterrupt()) == 130
-    assert "error: row 1: is empty." in capsys.readouterr().err
+    assert fails_with(PermissionError(13, "Permission denied", "/secret")) == 2
+    told = capsys.readouterr().err
+    assert "error: row 1: is empty." in told
+    assert "error: /secret: Permission denied." in told
