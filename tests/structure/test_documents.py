@@ -1,4 +1,4 @@
-"""What stands in documents, examples and deployment files exists."""
+"""What stands in the documents exists: links, commands, make targets."""
 
 from __future__ import annotations
 

@@ -36,6 +36,7 @@ def imported(node: ast.AST) -> Iterator[str]:
         yield from (alias.name for alias in node.names)
     elif isinstance(node, ast.ImportFrom) and node.module and not node.level:
         yield node.module
+        yield from (f"{node.module}.{alias.name}" for alias in node.names)  # may be a module too
 
 
 def top_level(path: Path) -> set[str]:
