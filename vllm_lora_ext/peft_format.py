@@ -164,10 +164,10 @@ def _judge_config(config: Mapping[str, Any]) -> list[Finding]:
         rule = f"is {_shown(init)}, which changed the base during training"
         fix = "Save it with path_initial_model_for_weight_conversion, which makes a plain LoRA."
         findings.append(Finding("init_unsupported", "init_lora_weights", rule, fix))
-    return findings + _judge_patterns(config)
+    return findings + judge_patterns(config)
 
 
-def _judge_patterns(config: Mapping[str, Any]) -> list[Finding]:
+def judge_patterns(config: Mapping[str, Any]) -> list[Finding]:
     """PEFT and vLLM read the keys as regular expressions; names and `a|b` are all that is needed."""
     findings = []
     for name in ("rank_pattern", "alpha_pattern"):

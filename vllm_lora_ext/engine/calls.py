@@ -1,0 +1,97 @@
+"""What the front asks of every worker by `collective_rpc`, and the staged `add_lora` made of it."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import Any
+
+from vllm.lora.request import LoRARequest
+from vllm.v1.engine.async_llm import AsyncLLM
+from vllm.v1.worker.worker_base import WorkerBase
+
+from vllm_lora_ext.engine.residency import SafeWorkerLoRAManager
+
+_POLL_S = 0.02
+_PREFIX = "vllm_lora_"
+
+
+def stage_adapter(worker: WorkerBase, request: dict[str, Any]) -> None:
+    """Begin to load an adapter in the background."""
+    _manager(worker).loader.start(LoRARequest(**request))
+
+
+def is_staged(worker: WorkerBase, adapter_id: int) -> bool:
+    """Whether the load has ended, well or not."""
+    return _manager(worker).loader.is_finished(adapter_id)
+
+
+def insert_adapter(worker: WorkerBase, request: dict[str, Any]) -> bool:
+    """Take over the next slice of a staged adapter; True once it is whole."""
+    return _manager(worker).insert(LoRARequest(**request))
+
+
+def forget_adapter(worker: WorkerBase, adapter_id: int) -> None:
+    """Nobody will take this load."""
+    _manager(worker).loader.forget(adapter_id)
+
+
+def installed_parts(worker: WorkerBase) -> list[str]:
+    """What of ours is at work in this process."""
+    runner = worker.model_runner
+    manager = getattr(runner, "lora_manager", None)
+    parts = [type(manager).__name__] if manager is not None else []
+    if manager is not None:
+        wrappers = manager._adapter_manager.punica_wrapper_mapping.values()
+        parts += sorted({type(wrapper).__name__ for wrapper in wrappers})
+    parts.append(f"compile={worker.vllm_config.compilation_config.mode.name}")
+    return parts
+
+
+def kernel_calls(worker: WorkerBase) -> int:
+    """How often a LoRA kernel of ours has run in this process since it started."""
+    from vllm_lora_ext.engine.cpu_lora import count_kernel_calls
+
+    return count_kernel_calls()
+
+
+WORKER_CALLS = (stage_adapter, is_staged, insert_adapter, forget_adapter, installed_parts, kernel_calls)
+
+
+def install_worker_calls() -> None:
+    """Give vLLM's workers our calls, as methods whose names begin with `vllm_lora_`."""
+    for call in WORKER_CALLS:
+        setattr(WorkerBase, _PREFIX + call.__name__, call)
+
+
+def _manager(worker: WorkerBase) -> SafeWorkerLoRAManager:
+    manager = worker.model_runner.lora_manager
+    assert isinstance(manager, SafeWorkerLoRAManager), "the plugin is not active in this worker"
+    return manager
+
+
+async def call_workers(engine: AsyncLLM, call: Any, *arguments: Any) -> list[Any]:
+    """One of `WORKER_CALLS` in every worker; their answers."""
+    answers: list[Any] = await engine.collective_rpc(_PREFIX + call.__name__, args=arguments)
+    return answers
+
+
+async def add_lora_staged(engine: AsyncLLM, lora_request: LoRARequest) -> bool:
+    """In place of `AsyncLLM.add_lora`: no step of the engine waits for a file or a conversion.
+
+    The adapter is loaded in the background of each worker, then taken over in slices between steps.
+
+    Raises:
+        Exception: it could not be loaded; nothing of it is left.
+    """
+    fields = {name: getattr(lora_request, name) for name in lora_request.__struct_fields__}
+    adapter_id = lora_request.lora_int_id
+    try:
+        await call_workers(engine, stage_adapter, fields)
+        while not all(await call_workers(engine, is_staged, adapter_id)):
+            await asyncio.sleep(_POLL_S)
+        while not all(await call_workers(engine, insert_adapter, fields)):
+            pass
+    except BaseException:
+        await asyncio.shield(call_workers(engine, forget_adapter, adapter_id))
+        raise
+    return True
