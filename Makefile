@@ -1,7 +1,7 @@
 # The commands that people and CI use; each sets the project up first (once).
 PYTHON_BIN := .venv/bin/python
 
-.PHONY: setup demo test unit check format clean
+.PHONY: setup demo test unit check check-symbols format clean
 
 setup: ## make .venv and install what this machine needs; a second run does nothing
 	@deploy/setup.sh
@@ -20,6 +20,10 @@ check: setup ## format, lint, types
 	$(PYTHON_BIN) -m ruff check .
 	$(PYTHON_BIN) -m mypy
 	$(PYTHON_BIN) -m pytest -q tests/structure
+
+VERSION ?= 0.33.0
+check-symbols: setup ## what vLLM VERSION lacks of what we touch; downloads its wheel, installs nothing
+	$(PYTHON_BIN) -P deploy/check_symbols.py $(VERSION)
 
 format: setup ## put the code in shape
 	$(PYTHON_BIN) -m ruff format .

@@ -20,6 +20,7 @@ INFERRED = (
     "max_cpu_loras",
     "kv_cache_memory_bytes",
     "gpu_memory_utilization",
+    "enforce_eager",
 )
 
 
@@ -29,6 +30,7 @@ class OwnFlags:
 
     adapters: tuple[str, ...]
     passed_on: tuple[str, ...]
+    unsafe_skip_compat: bool = False
 
 
 @dataclass(frozen=True)
@@ -67,6 +69,16 @@ def add_own_flags(parser: argparse.ArgumentParser) -> None:
         "--base-model", metavar="DIR_OR_HUB_ID", help="default: the one that the adapters name"
     )
     group.add_argument("--strict", action="store_true", help="do not start when an adapter is refused")
+    group.add_argument(
+        "--no-isolation-check",
+        action="store_true",
+        help="skip the check at the start that no request sees another's adapter (under 2 s)",
+    )
+    group.add_argument(
+        "--unsafe-skip-compat",
+        action="store_true",
+        help="serve with a vLLM that lacks what keeps adapters apart and the engine alive",
+    )
 
 
 def read_own_flags(argv: Sequence[str]) -> OwnFlags:
@@ -74,7 +86,7 @@ def read_own_flags(argv: Sequence[str]) -> OwnFlags:
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     add_own_flags(parser)
     own, rest = parser.parse_known_args(list(argv))
-    return OwnFlags(tuple(own.adapters), tuple(rest))
+    return OwnFlags(tuple(own.adapters), tuple(rest), own.unsafe_skip_compat)
 
 
 def read_config(args: argparse.Namespace, unstated: object) -> ServeConfig:

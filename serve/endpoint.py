@@ -8,6 +8,7 @@ renders each adapter's chats with the adapter's own template, and answers
 from __future__ import annotations
 
 import logging
+import time
 from argparse import Namespace
 from collections.abc import Sequence
 from pathlib import Path
@@ -70,6 +71,7 @@ class AdapterEndpoint:
             remember_death(engine_client, args)
         if engine_client is None or state.vllm_config.lora_config is None:
             return
+        await prove_engine(engine_client, state.vllm_config, args)
         models: OpenAIServingModels = state.openai_serving_models
         templates: dict[str, str] = {}
         guard_loading(models, templates, state.vllm_config.lora_config.max_lora_rank, args)
@@ -90,6 +92,44 @@ class AdapterEndpoint:
         served = ", ".join(models.lora_requests) or "none"
         count = len(models.lora_requests)
         logger.info("Ready with base model %s and %d adapters: %s", models.model_name(), count, served)
+
+
+async def prove_engine(engine_client: EngineClient, vllm_config: Any, args: Namespace) -> None:
+    """Before anybody is served: our parts are in every worker, and keep adapters apart.
+
+    vLLM logs a plugin that cannot be imported and goes on without it, so somebody has to ask.
+
+    Raises:
+        ServerFailed: a worker runs without our parts.
+        IsolationBroken: a row was answered with another row's adapter.
+    """
+    from vllm_lora_ext.engine.calls import require_parts
+    from vllm_lora_ext.engine.isolation import ModelShape, check_isolation
+
+    await require_parts(engine_client)
+    if getattr(args, "no_isolation_check", False):
+        return
+    model, lora = vllm_config.model_config, vllm_config.lora_config
+    try:
+        linears = read_base_model(args.model).module_shapes() or {}
+    except BadBaseModel:
+        linears = {}
+    if lora.target_modules is not None:
+        linears = {
+            name: shape for name, shape in linears.items() if name.endswith(tuple(lora.target_modules))
+        }
+    shape = ModelShape(
+        model.get_hidden_size(),
+        model.get_vocab_size(),
+        linears,
+        lora.max_lora_rank,
+        lora.max_loras,
+        model.max_logprobs,
+    )
+    started = time.monotonic()
+    checked = await check_isolation(engine_client, shape)
+    seconds = time.monotonic() - started
+    logger.info("Adapters kept apart: %s (%.1f s)", "checked" if checked else "not checked", seconds)
 
 
 def remember_death(engine_client: EngineClient, args: Namespace) -> None:

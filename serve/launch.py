@@ -10,6 +10,7 @@ import os
 import socket
 from collections.abc import Sequence
 from importlib.metadata import entry_points
+from pathlib import Path
 from typing import Any
 
 from serve.config import INFERRED, OwnFlags, ServeConfig, add_own_flags, read_config, read_own_flags
@@ -20,9 +21,11 @@ from serve.fleet import (
     fleet_table,
     inspect_fleet,
 )
-from serve.plan import flag_of, infer_adapters, infer_kv_cache, infer_server, plain_command
+from serve.plan import flag_of, infer_adapters, infer_compilation, infer_kv_cache, infer_server, plain_command
+from serve.ready_watch import ReadyWatch
 from serve.screen import screen
 from vllm_lora_ext.base_model import BaseModel, read_base_model
+from vllm_lora_ext.engine import compat
 from vllm_lora_ext.errors import AdapterRefused, BadSetting, MissingPackage, PortInUse, ServerFailed
 from vllm_lora_ext.inspection import Inspection
 from vllm_lora_ext.spec import EngineLimits
@@ -47,6 +50,8 @@ def main(argv: Sequence[str]) -> int:
     own = read_own_flags(argv)
     find_sources(own.adapters)
     prepare_environment()
+    if own.unsafe_skip_compat:
+        os.environ[compat.SKIP_VARIABLE] = "1"
     args, defaults = parse_with_vllm(argv)
     config = read_config(args, _UNSTATED)
     apply_plan(config, args, defaults, own)
@@ -109,9 +114,8 @@ def parse_with_vllm(argv: Sequence[str]) -> tuple[argparse.Namespace, dict[str, 
         BadSetting: the --config file cannot be read.
         SystemExit: the parser refused a flag (exit code 2), or `--help`.
     """
-    from vllm_lora_ext.engine import compat
-
-    compat.check(compat.SYMBOLS)
+    for warning in compat.usable_features("any", names=("serve",)).warnings:
+        screen().print(f"warning: {warning}")
     from vllm.entrypoints.launchers.cli_args import make_arg_parser
     from vllm.entrypoints.serve.utils.api_utils import cli_env_setup
     from vllm.utils.argparse_utils import FlexibleArgumentParser
@@ -151,6 +155,7 @@ def apply_plan(
         inferred += infer_adapters(specs, len(admitted) - len(specs), config.stated)
     if (free := free_memory_of_cpu_platform()) is not None:
         inferred += infer_kv_cache(free, config.stated)
+        inferred += infer_compilation(weights_size(base.name), config.stated)
     for value in inferred:
         out.print(f"{flag_of(value)}: {value.reason}")
     values = {item.name: item.value for item in inferred}
@@ -202,6 +207,12 @@ def free_memory_of_cpu_platform() -> int | None:
     return int(psutil.virtual_memory().available)
 
 
+def weights_size(base_model: str) -> int | None:
+    """Bytes of the base's safetensors files; None for a base that is no local folder."""
+    sizes = [file.stat().st_size for file in Path(base_model).glob("*.safetensors")]
+    return sum(sizes) or None
+
+
 def hand_over(args: argparse.Namespace, base_model: str, modules: Sequence[AdapterSource]) -> None:
     """Put base and adapters where vLLM expects them."""
     from vllm.entrypoints.openai.models.protocol import LoRAModulePath
@@ -246,7 +257,12 @@ def run_server(args: argparse.Namespace) -> int:
 
     command = ServeSubcommand()
     command.validate(args)
+    watch = ReadyWatch(args)
+    watch.start()
     command.cmd(args)
+    if watch.never_ready:
+        rule = "runs without our endpoint, so nothing guards its adapters"
+        raise ServerFailed("the server", rule, "The reason stands in the log above.")
     if getattr(args, "engine_died", False):
         raise ServerFailed("the engine", "died while it served", "Its last words stand above.")
     return 0

@@ -12,6 +12,7 @@ from vllm_lora_ext.spec import AdapterSpec, allowed_rank
 MIN_MAX_LORA_RANK = 32
 MAX_SLOTS = 8
 MAX_CPU_KV_CACHE_BYTES = 4 << 30
+SMALL_MODEL_BYTES = 200_000_000
 
 
 @dataclass(frozen=True)
@@ -43,6 +44,14 @@ def infer_kv_cache(available_bytes: int, stated: Mapping[str, Any]) -> list[Infe
     size = min(available_bytes // 4, MAX_CPU_KV_CACHE_BYTES)
     reason = f"a quarter of the {available_bytes / 2**30:.1f} GiB that are free, at most 4 GiB"
     return _unstated([Inferred("kv_cache_memory_bytes", size, reason)], stated)
+
+
+def infer_compilation(weights_bytes: int | None, stated: Mapping[str, Any]) -> list[Inferred]:
+    """On the CPU: no compilation for a model so small that it costs more time than it saves."""
+    if weights_bytes is None or weights_bytes > SMALL_MODEL_BYTES:
+        return []
+    reason = f"compiling a model of {weights_bytes / 1e6:.0f} MB takes longer than it saves"
+    return _unstated([Inferred("enforce_eager", True, reason)], stated)
 
 
 def infer_adapters(

@@ -3,6 +3,7 @@
     VllmLoraError                exit code 1: the work was fine, doing it failed
     ├── ServerUnreachable        no server answers at the address
     ├── ServerFailed             the server answered with an error, or ended
+    │   └── IsolationBroken      the engine mixes adapters up, and must not serve
     ├── TrainingFailed           training ended without a usable adapter
     └── BadInput                 exit code 2: something the user gave is wrong (also a ValueError)
         ├── BadSetting           a flag or a configuration value
@@ -41,6 +42,14 @@ class ServerUnreachable(VllmLoraError):
 
 class ServerFailed(VllmLoraError):
     """The server answered with an error, or ended before it was ready."""
+
+
+class IsolationBroken(ServerFailed):
+    """The engine answered a row with another row's adapter, or without its own."""
+
+    def __init__(self, item: str, rule: str) -> None:
+        fix = "Do not serve with this vLLM; `--no-isolation-check` starts it all the same. Please report it."
+        super().__init__(item, rule, fix)
 
 
 class TrainingFailed(VllmLoraError):

@@ -17,9 +17,16 @@ FORBIDDEN = {  # package -> what it may not import anywhere
     "train": {"serve", "vllm"},
 }
 # Files whose work is vLLM, torch or PEFT; all others import them inside functions, or not at all.
+_INSIDE_VLLM = tuple(  # imported by vLLM's own processes only, after vLLM
+    f"vllm_lora_ext/engine/{name}.py" for name in ("calls", "cpu_lora", "failures", "loading", "residency")
+)
+_TENSORS = tuple(
+    f"vllm_lora_ext/{name}.py"
+    for name in ("grouped", *(f"engine/{name}" for name in ("isolation", "slots", "weights")))
+)
 HEAVY_AT_THE_TOP = {
-    "vllm": ("vllm_lora_ext/engine/cpu_lora.py",),
-    "torch": ("vllm_lora_ext/engine/cpu_lora.py", "train/trainer.py"),
+    "vllm": _INSIDE_VLLM,
+    "torch": (*_INSIDE_VLLM, *_TENSORS, "train/trainer.py"),
     "peft": (),
     "transformers": ("train/trainer.py", "train/progress.py"),
 }

@@ -10,6 +10,7 @@ from vllm.v1.engine.async_llm import AsyncLLM
 from vllm.v1.worker.worker_base import WorkerBase
 
 from vllm_lora_ext.engine.residency import SafeWorkerLoRAManager
+from vllm_lora_ext.errors import ServerFailed
 
 _POLL_S = 0.02
 _PREFIX = "vllm_lora_"
@@ -73,6 +74,27 @@ async def call_workers(engine: AsyncLLM, call: Any, *arguments: Any) -> list[Any
     """One of `WORKER_CALLS` in every worker; their answers."""
     answers: list[Any] = await engine.collective_rpc(_PREFIX + call.__name__, args=arguments)
     return answers
+
+
+async def require_parts(engine: AsyncLLM) -> None:
+    """Every worker must run with our parts.
+
+    Raises:
+        ServerFailed: one does not, or does not know our calls at all.
+    """
+    from vllm.platforms import current_platform
+
+    needed = {SafeWorkerLoRAManager.__name__} | (
+        {"GroupedPunicaWrapper"} if current_platform.is_cpu() else set()
+    )
+    fix = "Is vllm-lora installed where the engine runs, and named in VLLM_PLUGINS?"
+    try:
+        answers = await call_workers(engine, installed_parts)
+    except Exception as error:
+        raise ServerFailed("a worker of the engine", f"does not answer ({error})", fix) from error
+    for parts in answers:
+        if missing := needed - set(parts):
+            raise ServerFailed("a worker of the engine", f"runs without {', '.join(sorted(missing))}", fix)
 
 
 async def add_lora_staged(engine: AsyncLLM, lora_request: LoRARequest) -> bool:

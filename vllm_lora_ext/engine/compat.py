@@ -17,142 +17,14 @@ from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache
 from types import FunctionType
-from typing import Literal
 
+from vllm_lora_ext.engine.symbols import FEATURES, Feature
 from vllm_lora_ext.errors import MissingPackage
 
 TESTED_VERSION = "0.32.0"  # the whole test suite runs with it
-CHECKED_VERSIONS: tuple[str, ...] = ("0.32.0", "0.33.0")  # have every symbol below
+CHECKED_VERSIONS: tuple[str, ...] = ("0.32.0",)  # have every symbol below, see deploy/check_symbols.py
 SKIP_FLAG = "--unsafe-skip-compat"
-SKIP_VARIABLE = "VLLM_LORA_UNSAFE_SKIP_COMPAT"  # carries the flag to vLLM's processes
-
-Platform = Literal["any", "cpu", "cuda"]
-
-
-@dataclass(frozen=True)
-class Feature:
-    """Something that we do with vLLM, and every symbol of vLLM's that it touches.
-
-    A symbol is `module:attribute.path`. Brackets hold the parameters that we rely on, as in a
-    Python signature without `self`: `f(a, b, *, c)` is one whose first parameters are a and b,
-    and which has a parameter c somewhere. `off` says what the user misses without the feature.
-    """
-
-    name: str
-    symbols: tuple[str, ...]
-    off: str
-    safety: bool = False
-    platform: Platform = "any"
-
-
-FEATURES: tuple[Feature, ...] = (
-    Feature(
-        "serve",
-        (
-            "vllm.entrypoints.cli.serve:ServeSubcommand.cmd(args)",
-            "vllm.entrypoints.cli.serve:ServeSubcommand.validate(args)",
-            "vllm.entrypoints.launchers.cli_args:make_arg_parser(parser)",
-            "vllm.entrypoints.openai.models.protocol:LoRAModulePath(name, path)",
-            "vllm.entrypoints.openai.models.serving:OpenAIServingModels.base_model_paths",
-            "vllm.entrypoints.openai.models.serving:OpenAIServingModels.load_lora_adapter(request, base_model_name)",
-            "vllm.entrypoints.openai.models.serving:OpenAIServingModels.lora_requests",
-            "vllm.entrypoints.openai.models.serving:OpenAIServingModels.model_name()",
-            "vllm.entrypoints.openai.models.serving:OpenAIServingModels.unload_lora_adapter(request)",
-            "vllm.entrypoints.serve:create_error_response(message)",
-            "vllm.entrypoints.serve.engine.protocol:ErrorResponse.error",
-            "vllm.entrypoints.serve.lora.protocol:LoadLoRAAdapterRequest(*, lora_name, lora_path, is_3d_lora_weight)",
-            "vllm.entrypoints.serve.utils.api_utils:cli_env_setup()",
-            "vllm.platforms:current_platform.is_cpu()",
-            "vllm.plugins.endpoint_plugins.interface:EndpointPlugin.attach_router(app)",
-            "vllm.plugins.endpoint_plugins.interface:EndpointPlugin.init_state(engine_client, state, args)",
-            "vllm.renderers.online_renderer:OnlineRenderer.preprocess_chat(request, messages, *, default_template)",
-            "vllm.utils.argparse_utils:FlexibleArgumentParser",
-            "vllm.v1.engine.async_llm:AsyncLLM.check_health",
-            "vllm.v1.engine.async_llm:AsyncLLM.errored",
-            "vllm.v1.engine.async_llm:AsyncLLM.shutdown",
-        ),
-        off="the command line, the loading of adapters and /ready may fail while they are used",
-        safety=True,
-    ),
-    Feature(
-        "isolation",
-        (
-            "vllm.lora.layers:BaseLayerWithLoRA",
-            "vllm.lora.layers:LoRAMapping.index_mapping",
-            "vllm.lora.layers:LoRAMapping.prompt_mapping",
-            "vllm.lora.layers.base_linear:BaseLinearLayerWithLoRA.lora_a_stacked",
-            "vllm.lora.layers.base_linear:BaseLinearLayerWithLoRA.lora_b_stacked",
-            "vllm.lora.layers.logits_processor:LogitsProcessorWithLoRA.lora_a_stacked",
-            "vllm.lora.layers.logits_processor:LogitsProcessorWithLoRA.lora_b_stacked",
-            "vllm.lora.layers.vocab_parallel_embedding:VocabParallelEmbeddingWithLoRA.forward(x)",
-            "vllm.lora.layers.vocab_parallel_embedding:VocabParallelEmbeddingWithLoRA.lora_a_stacked_2d",
-            "vllm.lora.model_manager:LRUCacheLoRAModelManager.activate_adapter(lora_id)",
-            "vllm.lora.model_manager:LRUCacheLoRAModelManager.register_module(module_name, module)",
-            "vllm.lora.punica_wrapper.punica_base:PunicaWrapperBase._sampler_indices",
-            "vllm.lora.punica_wrapper.punica_base:PunicaWrapperBase.indices_len",
-            "vllm.lora.punica_wrapper.punica_base:PunicaWrapperBase"
-            ".update_metadata(mapping, lora_index_to_id, max_loras, vocab_size)",
-            "vllm.lora.punica_wrapper.punica_cpu:PunicaWrapperCPU(max_num_batched_tokens, max_batches)",
-            "vllm.lora.punica_wrapper.punica_cpu:PunicaWrapperCPU.add_lora_embedding(y, x)",
-            "vllm.lora.punica_wrapper.punica_cpu:PunicaWrapperCPU.add_lora_linear(y, x, lora_a_stacked)",
-            "vllm.lora.punica_wrapper.punica_cpu:PunicaWrapperCPU.add_lora_logits(y, x, lora_a_stacked)",
-            "vllm.lora.punica_wrapper.punica_cpu:PunicaWrapperCPU.sampler_indices",
-            "vllm.lora.punica_wrapper.punica_cpu:PunicaWrapperCPU.token_lora_indices",
-            "vllm.platforms.cpu:CpuPlatform.get_punica_wrapper()",
-        ),
-        off="a request for the base model may be answered with an adapter's weights",
-        safety=True,
-        platform="cpu",
-    ),
-    Feature(
-        "compile",
-        ("vllm.platforms.cpu:CpuPlatform.check_and_update_config(vllm_config)",),
-        off="the model is not compiled while LoRA is on, so answers on the CPU are slower",
-        platform="cpu",
-    ),
-    Feature(
-        "no-fatal-load",
-        (
-            "vllm.lora.model_manager:LRUCacheLoRAModelManager._add_adapter(lora)",
-            "vllm.lora.model_manager:LRUCacheLoRAModelManager._pin_lora_in_gpu_cache(lora_id)",
-            "vllm.lora.model_manager:LRUCacheLoRAModelManager.activate_adapter(lora_id)",
-            "vllm.lora.model_manager:LRUCacheLoRAModelManager.pin_adapter(lora_id)",
-            "vllm.lora.model_manager:LRUCacheLoRAModelManager.remove_adapter(adapter_id)",
-            "vllm.lora.model_manager:LRUCacheLoRAModelManager.set_adapter_mapping(mapping)",
-            "vllm.lora.worker_manager:LRUCacheWorkerLoRAManager._apply_adapters(lora_requests)",
-            "vllm.lora.worker_manager:LRUCacheWorkerLoRAManager._load_adapter(lora_request)",
-            "vllm.lora.worker_manager:LRUCacheWorkerLoRAManager._manager_cls",
-            "vllm.lora.worker_manager:LRUCacheWorkerLoRAManager.add_adapter(lora_request)",
-            "vllm.v1.core.kv_cache_manager:KVCacheManager.evict_blocks(block_ids)",
-            "vllm.v1.core.kv_cache_manager:KVCacheManager.get_block_ids(request_id)",
-            "vllm.v1.core.sched.scheduler:Scheduler.finish_requests(request_ids, finished_status)",
-            "vllm.v1.core.sched.scheduler:Scheduler.update_from_output(scheduler_output, model_runner_output)",
-            "vllm.v1.request:RequestStatus.FINISHED_ERROR",
-            "vllm.v1.worker.gpu_model_runner:GPUModelRunner.execute_model(scheduler_output, intermediate_tensors)",
-            "vllm.v1.worker.gpu_model_runner:GPUModelRunner.sample_tokens(grammar_output)",
-            "vllm.v1.worker.lora_model_runner_mixin:LRUCacheWorkerLoRAManager",
-        ),
-        off="an adapter that fails to load may end the engine, or be answered for by the base model",
-        safety=True,
-    ),
-    Feature(
-        "staged-loading",
-        (
-            "vllm.lora.lora_model:LoRAModel.from_local_checkpoint"
-            "(lora_dir, expected_lora_modules, peft_helper, *, lora_model_id, device, dtype)",
-            "vllm.lora.lora_model:LoRAModel.from_lora_tensors"
-            "(lora_model_id, tensors, peft_helper, device, dtype)",
-            "vllm.lora.peft_helper:PEFTHelper.from_dict(config_dict)",
-            "vllm.lora.peft_helper:PEFTHelper.from_local_dir(lora_path, max_position_embeddings)",
-            "vllm.lora.peft_helper:PEFTHelper.get_rank_and_scaling(module_name)",
-            "vllm.v1.engine.async_llm:AsyncLLM.add_lora(lora_request)",
-            "vllm.v1.engine.async_llm:AsyncLLM.collective_rpc(method, timeout, args, kwargs)",
-            "vllm.v1.engine.async_llm:AsyncLLM.generate(prompt, sampling_params, request_id, *, lora_request)",
-            "vllm.v1.worker.worker_base:WorkerBase",
-        ),
-        off="adapters are loaded in one step, while requests wait",
-    ),
-)
+SKIP_VARIABLE = "LORA_EXT_UNSAFE_SKIP_COMPAT"  # carries the flag; vLLM warns of VLLM_* that it does not know
 
 
 @dataclass(frozen=True)
@@ -230,34 +102,30 @@ def usable_features(
 
 def judge(features: Iterable[Feature], skip_safety: bool | None = None) -> Usable:
     """As `usable_features`, for any features."""
-    features = tuple(features)
-    lacking = {item: missing for item in features if (missing := missing_symbols(item))}
-    unsafe = [item for item in lacking if item.safety]
-    if unsafe and not (skip_is_wanted() if skip_safety is None else skip_safety):
-        missing = dict.fromkeys(symbol for item in unsafe for symbol in lacking[item])
-        raise MissingPackage(
-            f"vLLM {installed_version()}",
-            f"lacks {', '.join(missing)}, which vllm-lora needs ({', '.join(item.name for item in unsafe)})",
-            f"Install the version that it was tested with, {TESTED_VERSION}, or go on with {SKIP_FLAG}, where "
-            + "; ".join(item.off for item in unsafe)
-            + ".",
-        )
+    lacking = {item: missing_symbols(item) for item in features}
+    faulty = {item: missing for item, missing in lacking.items() if missing}
+    skip = skip_is_wanted() if skip_safety is None else skip_safety
+    if not skip and (unsafe := [item for item in faulty if item.safety]):
+        raise _refusal({item: faulty[item] for item in unsafe})
+    version = installed_version() if faulty else ""
     return Usable(
-        frozenset(item.name for item in features if item not in lacking),
+        frozenset(item.name for item, missing in lacking.items() if not missing),
         tuple(
-            f"{item.name} is off, so {item.off}: vLLM {installed_version()} lacks {', '.join(missing)}"
-            for item, missing in lacking.items()
+            f"{item.name} is off, so {item.off}: vLLM {version} lacks {', '.join(missing)}"
+            for item, missing in faulty.items()
         ),
     )
 
 
-def check(item: Feature) -> None:
-    """Refuse a vLLM that lacks what this safety feature touches.
-
-    Raises:
-        MissingPackage: with every symbol that is missing.
-    """
-    judge([item])
+def _refusal(unsafe: dict[Feature, tuple[str, ...]]) -> MissingPackage:
+    missing = ", ".join(dict.fromkeys(symbol for symbols in unsafe.values() for symbol in symbols))
+    names = ", ".join(item.name for item in unsafe)
+    risks = "; ".join(item.off for item in unsafe)
+    return MissingPackage(
+        f"vLLM {installed_version()}",
+        f"lacks {missing}, which vllm-lora needs ({names})",
+        f"Install vLLM {TESTED_VERSION}, which it was tested with, or go on with {SKIP_FLAG}: then {risks}.",
+    )
 
 
 def installed_version() -> str:
@@ -290,9 +158,8 @@ def _fault(symbol: Symbol) -> str | None:
         try:
             found = getattr(found, part)
         except AttributeError:
-            if position == len(symbol.path) and part in _set_on_instances(found):
-                break
-            return str(symbol)
+            of_instances = position == len(symbol.path) and part in _set_on_instances(found)
+            return None if of_instances else str(symbol)
     if symbol.first is None:
         return None
     parameters = _parameters(found)
@@ -301,7 +168,8 @@ def _fault(symbol: Symbol) -> str | None:
 
 def fault_of_parameters(symbol: Symbol, parameters: Sequence[str]) -> str:
     """What to say of a symbol that is there, with other parameters."""
-    return f"{symbol}({', '.join([*(symbol.first or ()), *(symbol.by_name or ())])}) (has {list(parameters)})"
+    wanted = ", ".join([*(symbol.first or ()), *(symbol.by_name or ())])
+    return f"{symbol} (must take {wanted}; takes {', '.join(parameters) or 'nothing'})"
 
 
 def _parameters(found: object) -> list[str]:
@@ -314,14 +182,9 @@ def _parameters(found: object) -> list[str]:
 def _set_on_instances(owner: object) -> Iterator[str]:
     """Attributes that a class itself lacks, but its instances have: annotated, or set in a method."""
     for kind in owner.__mro__ if isinstance(owner, type) else ():
-        yield from vars(kind).get("__annotations__", ())
+        yield from inspect.get_annotations(kind)
         for method in vars(kind).values():
             if isinstance(method, FunctionType):
                 yield from (
                     step.argval for step in dis.get_instructions(method) if step.opname == "STORE_ATTR"
                 )
-
-
-# For callers that ask for one feature alone.
-SYMBOLS = feature("serve")
-CPU_SYMBOLS = feature("isolation")

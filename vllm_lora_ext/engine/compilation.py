@@ -24,7 +24,9 @@ def keeps_compiling(check_and_update_config: Callable[[Any], None]) -> Callable[
         compilation, lora = vllm_config.compilation_config, vllm_config.lora_config
         wanted = compilation.mode
         if lora is not None and lora.fully_sharded_loras:
-            logger.warning("--fully-sharded-loras has no use on the CPU, where slots take no memory: it is off")
+            logger.warning(
+                "--fully-sharded-loras has no use on the CPU, where slots take no memory: it is off"
+            )
             lora.fully_sharded_loras = False
         check_and_update_config(vllm_config)
         if lora is None or wanted in (None, CompilationMode.NONE):

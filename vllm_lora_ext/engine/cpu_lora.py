@@ -69,7 +69,12 @@ class GroupedPunicaWrapper(PunicaWrapperCPU):  # type: ignore[misc]
         self.indices_len[1] = len(samples)
 
     def add_lora_linear(
-        self, y: torch.Tensor, x: torch.Tensor, lora_a_stacked: tuple[SlotTable, ...], *args: Any, **kwargs: Any
+        self,
+        y: torch.Tensor,
+        x: torch.Tensor,
+        lora_a_stacked: tuple[SlotTable, ...],
+        *args: Any,
+        **kwargs: Any,
     ) -> None:
         """As upstream: `y` is (tokens, out_features), changed in place; `x` is (tokens, in_features)."""
         torch.ops.vllm_lora.add_lora(y, x, lora_a_stacked[0].number)
@@ -93,7 +98,9 @@ def _slots(adapter_ids: tuple[int, ...], slot_of: dict[int, int]) -> np.ndarray:
 def embed_with_lora(self: VocabParallelEmbeddingWithLoRA, x: torch.Tensor) -> torch.Tensor:
     """In place of the layer's `forward`, which gathers A for every token, adapter or not."""
     output = self.base_layer.forward(x)
-    torch.ops.vllm_lora.add_embedding(output.view(-1, output.shape[-1]), x.view(-1), self.lora_a_stacked.number)
+    torch.ops.vllm_lora.add_embedding(
+        output.view(-1, output.shape[-1]), x.view(-1), self.lora_a_stacked.number
+    )
     return output
 
 
@@ -114,7 +121,9 @@ def use_slot_tables(name: str, module: BaseLayerWithLoRA, wrapper: GroupedPunica
         module.lora_a_stacked_2d = None
     else:
         return None
-    lora = LoraModule(name, in_features, [table.shape[-2] for table in b], len(b[0]), b[0].shape[-1])
+    lora = LoraModule(
+        name, in_features, [table.shape[-2] for table in b], len(b[0]), b[0].shape[-1], b[0].dtype
+    )
     tables_a = tuple(SlotTable(lora, i, part, t.shape, t.dtype) for i, t in enumerate(a))
     tables_b = tuple(SlotTable(lora, i, "b", t.shape, t.dtype) for i, t in enumerate(b))
     tables_a[0].number = len(_CALLED)

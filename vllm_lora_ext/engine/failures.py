@@ -23,7 +23,7 @@ _REASON = "vllm_lora: "  # begins the stop reason of a request that failed
 
 
 def marks_failures(method: Callable[..., Any]) -> Callable[..., Any]:
-    """Wrap `execute_model` or `sample_tokens` of a model runner: its output carries what failed in the step."""
+    """Wrap `execute_model` or `sample_tokens` of a model runner: its output tells what failed."""
 
     def marked(runner: Any, *args: Any, **kwargs: Any) -> Any:
         output = method(runner, *args, **kwargs)
@@ -98,7 +98,7 @@ def end_requests(scheduler: Scheduler, failed: dict[int, str]) -> list[tuple[int
 
 
 def raises_reasons(method: Callable[..., Any]) -> Callable[..., Any]:
-    """Wrap `AsyncLLM.generate`: a request that failed with its adapter ends with the reason, not with a token."""
+    """Wrap `AsyncLLM.generate`: a request that failed with its adapter ends with the reason."""
 
     async def generate(engine: Any, *args: Any, **kwargs: Any) -> AsyncIterator[Any]:
         async with aclosing(method(engine, *args, **kwargs)) as outputs:

@@ -74,7 +74,11 @@ def load_adapter(
 
 
 def _check_modules(
-    tensors: dict[str, torch.Tensor], manager: LoRAModelManager, peft: PEFTHelper, mapper: object, skipped: object
+    tensors: dict[str, torch.Tensor],
+    manager: LoRAModelManager,
+    peft: PEFTHelper,
+    mapper: object,
+    skipped: object,
 ) -> None:
     """Every tensor must belong to a module that takes LoRA (vllm/lora/lora_model.py has the same rule)."""
     packed = manager.packed_modules_mapping

@@ -13,12 +13,17 @@
 #include <cstring>
 #include <vector>
 
+#ifdef __AVX512BF16__
+#include <immintrin.h>
+#endif
+
 namespace {
 
 constexpr int LANES = 16;       // float32 numbers in one vector
 constexpr int TILE_ROWS = 4;    // rows x (ranks or vectors of y) held in registers
 constexpr int TILE_WIDTH = 4;
-constexpr int ROW_BLOCK = 32;   // rows in one piece of work
+constexpr int ROW_BLOCK = 64;   // rows in one piece of work
+constexpr int WIDEN_ROWS = 12;  // from here on it pays to convert B first
 constexpr int RANK_BLOCK = 8;   // ranks in one piece of the first product
 constexpr int OUT_BLOCK = 512;  // output features in one piece of the second
 
@@ -119,11 +124,10 @@ struct Piece {
     int64_t low_rank;  // where the group's numbers of this slice begin in the buffer
 };
 
-// low_rank[row][rank] = x[row] . A[rank]
+// The part of a dot product that goes by whole vectors; returns how many features it took.
 template <typename T, int ROWS, int RANKS>
-inline void shrink_tile(const T* const* x, const T* a, int64_t a_stride, int64_t in_features,
-                        float* low_rank, int64_t low_rank_stride) {
-    Vec part[ROWS][RANKS] = {};
+inline int64_t dot_whole(const T* const* x, const T* a, int64_t a_stride, int64_t in_features,
+                         Vec (&part)[ROWS][RANKS]) {
     int64_t i = 0;
     for (; i + LANES <= in_features; i += LANES) {
         Vec weight[RANKS];
@@ -133,7 +137,36 @@ inline void shrink_tile(const T* const* x, const T* a, int64_t a_stride, int64_t
             for (int k = 0; k < RANKS; k++) part[r][k] += value * weight[k];
         }
     }
-    if (int rest = (int)(in_features - i)) {
+    return i;
+}
+
+#ifdef __AVX512BF16__
+// Two products per lane in one instruction, and no conversion.
+template <int ROWS, int RANKS>
+inline int64_t dot_whole(const BFloat16* const* x, const BFloat16* a, int64_t a_stride,
+                         int64_t in_features, Vec (&part)[ROWS][RANKS]) {
+    int64_t i = 0;
+    for (; i + 2 * LANES <= in_features; i += 2 * LANES) {
+        __m512bh weight[RANKS];
+        for (int k = 0; k < RANKS; k++)
+            weight[k] = (__m512bh)_mm512_loadu_si512(a + k * a_stride + i);
+        for (int r = 0; r < ROWS; r++) {
+            __m512bh value = (__m512bh)_mm512_loadu_si512(x[r] + i);
+            for (int k = 0; k < RANKS; k++)
+                part[r][k] = (Vec)_mm512_dpbf16_ps((__m512)part[r][k], value, weight[k]);
+        }
+    }
+    return i;
+}
+#endif
+
+// low_rank[row][rank] = x[row] . A[rank]
+template <typename T, int ROWS, int RANKS>
+inline void shrink_tile(const T* const* x, const T* a, int64_t a_stride, int64_t in_features,
+                        float* low_rank, int64_t low_rank_stride) {
+    Vec part[ROWS][RANKS] = {};
+    for (int64_t i = dot_whole(x, a, a_stride, in_features, part); i < in_features; i += LANES) {
+        int rest = (int)std::min<int64_t>(LANES, in_features - i);
         Vec weight[RANKS];
         for (int k = 0; k < RANKS; k++) weight[k] = load_some(a + k * a_stride + i, rest);
         for (int r = 0; r < ROWS; r++) {
@@ -146,8 +179,8 @@ inline void shrink_tile(const T* const* x, const T* a, int64_t a_stride, int64_t
 }
 
 // y[row] += low_rank[row] . B for VECTORS x 16 output features
-template <typename T, int ROWS, int VECTORS>
-inline void expand_tile(T* const* y, const T* b, int64_t b_stride, int64_t rank,
+template <typename T, typename B, int ROWS, int VECTORS>
+inline void expand_tile(T* const* y, const B* b, int64_t b_stride, int64_t rank,
                         const float* low_rank, int64_t low_rank_stride) {
     Vec part[ROWS][VECTORS] = {};
     for (int64_t k = 0; k < rank; k++) {
@@ -164,8 +197,8 @@ inline void expand_tile(T* const* y, const T* b, int64_t b_stride, int64_t rank,
 }
 
 // The last output features, fewer than one vector: the same sums, on padded copies.
-template <typename T>
-void expand_rest(T* y, const T* b, int64_t b_stride, int64_t rank, const float* low_rank, int count) {
+template <typename T, typename B>
+void expand_rest(T* y, const B* b, int64_t b_stride, int64_t rank, const float* low_rank, int count) {
     Vec part = {};
     for (int64_t k = 0; k < rank; k++) part += load_some(b + k * b_stride, count) * low_rank[k];
     T padded[LANES] = {};
@@ -186,23 +219,22 @@ void shrink_rows(const T* const* x, const Weights& w, int64_t in_features, int f
         shrink_tile<T, ROWS, 1>(x, a + k * w.a_stride, w.a_stride, in_features, low_rank + k, w.rank);
 }
 
-template <typename T, int ROWS>
-void expand_rows(T* const* y, const Weights& w, int first, int count, const float* low_rank) {
+template <typename T, typename B, int ROWS>
+void expand_rows(T* const* y, const B* b, int64_t b_stride, int64_t rank, int count,
+                 const float* low_rank) {
     T* at[ROWS];
     int o = 0;
     for (; o + TILE_WIDTH * LANES <= count; o += TILE_WIDTH * LANES) {
         for (int r = 0; r < ROWS; r++) at[r] = y[r] + o;
-        expand_tile<T, ROWS, TILE_WIDTH>(at, (const T*)w.b + first + o, w.b_stride, w.rank, low_rank,
-                                         w.rank);
+        expand_tile<T, B, ROWS, TILE_WIDTH>(at, b + o, b_stride, rank, low_rank, rank);
     }
     for (; o + LANES <= count; o += LANES) {
         for (int r = 0; r < ROWS; r++) at[r] = y[r] + o;
-        expand_tile<T, ROWS, 1>(at, (const T*)w.b + first + o, w.b_stride, w.rank, low_rank, w.rank);
+        expand_tile<T, B, ROWS, 1>(at, b + o, b_stride, rank, low_rank, rank);
     }
     if (o < count)
         for (int r = 0; r < ROWS; r++)
-            expand_rest<T>(y[r] + o, (const T*)w.b + first + o, w.b_stride, w.rank,
-                           low_rank + r * w.rank, count - o);
+            expand_rest(y[r] + o, b + o, b_stride, rank, low_rank + r * rank, count - o);
 }
 
 template <typename T>
@@ -247,17 +279,29 @@ struct Call {
 
     void expand(const Piece& p) const {
         const Weights& w = weights(p);
+        const T* b = (const T*)w.b + p.first;
+        if (p.rows < WIDEN_ROWS) return expand(p, w.rank, b, w.b_stride);
+        // Many rows: convert B once, and have it in one place.
+        static thread_local std::vector<float> wide;
+        if ((int64_t)wide.size() < w.rank * OUT_BLOCK) wide.resize(w.rank * OUT_BLOCK);
+        for (int64_t k = 0; k < w.rank; k++)
+            for (int o = 0; o < p.count; o++) wide[k * OUT_BLOCK + o] = widen(b[k * w.b_stride + o]);
+        expand(p, w.rank, (const float*)wide.data(), OUT_BLOCK);
+    }
+
+    template <typename B>
+    void expand(const Piece& p, int64_t rank, const B* b, int64_t b_stride) const {
         const int32_t* row = step.row + step.start[p.group] + p.first_row;
-        const float* source = low_rank + p.low_rank + p.first_row * w.rank;
+        const float* source = low_rank + p.low_rank + p.first_row * rank;
         int64_t column = module.offset[p.slice] + p.first;
-        for (int r = 0; r < p.rows; r += TILE_ROWS, source += TILE_ROWS * w.rank) {
+        for (int r = 0; r < p.rows; r += TILE_ROWS, source += TILE_ROWS * rank) {
             T* at[TILE_ROWS];
             int rows = std::min(TILE_ROWS, p.rows - r);
             for (int i = 0; i < rows; i++) at[i] = y + row[r + i] * y_stride + column;
-            if (rows == 4) expand_rows<T, 4>(at, w, p.first, p.count, source);
-            if (rows == 3) expand_rows<T, 3>(at, w, p.first, p.count, source);
-            if (rows == 2) expand_rows<T, 2>(at, w, p.first, p.count, source);
-            if (rows == 1) expand_rows<T, 1>(at, w, p.first, p.count, source);
+            if (rows == 4) expand_rows<T, B, 4>(at, b, b_stride, rank, p.count, source);
+            if (rows == 3) expand_rows<T, B, 3>(at, b, b_stride, rank, p.count, source);
+            if (rows == 2) expand_rows<T, B, 2>(at, b, b_stride, rank, p.count, source);
+            if (rows == 1) expand_rows<T, B, 1>(at, b, b_stride, rank, p.count, source);
         }
     }
 };

@@ -1,7 +1,7 @@
 """The compiled form of the CPU LoRA step: `native.cpp`, built once per machine with the C++ compiler.
 
 It takes seconds and needs no torch headers. Without a compiler, or with
-`VLLM_LORA_NATIVE=0`, the caller falls back to torch (`vllm_lora_ext/grouped.py`).
+`LORA_EXT_NATIVE=0`, the caller falls back to torch (`vllm_lora_ext/grouped.py`).
 """
 
 from __future__ import annotations
@@ -35,23 +35,26 @@ def compiler() -> str | None:
 
 @cache
 def library() -> ctypes.CDLL | None:
-    """The compiled kernels, built at first use; None where they cannot be had, with one line that says why."""
-    if os.environ.get("VLLM_LORA_NATIVE") == "0":
-        return _without("VLLM_LORA_NATIVE=0")
-    cxx = compiler()
-    if cxx is None:
-        return _without("there is no C++ compiler (install g++)")
+    """The compiled kernels, built at first use; None where they cannot be had, and one line says why."""
     try:
-        kernels = ctypes.CDLL(str(_built(cxx)))
+        kernels = _load()
     except (OSError, subprocess.SubprocessError) as error:
-        return _without(f"{cxx} could not build them ({_first_line(error)})")
+        reason = _first_line(error)
+        logger.warning("LoRA on the CPU runs without native kernels, slower, in torch: %s", reason)
+        return None
     for function in (kernels.add_lora_float32, kernels.add_lora_bfloat16):
         function.argtypes, function.restype = _SIGNATURE, None
     return kernels
 
 
-def _without(reason: str) -> None:
-    logger.warning("LoRA on the CPU runs without native kernels, slower, in torch: %s", reason)
+def _load() -> ctypes.CDLL:
+    """Raises OSError or subprocess.SubprocessError with the reason."""
+    if os.environ.get("LORA_EXT_NATIVE") == "0":
+        raise OSError("LORA_EXT_NATIVE=0")
+    cxx = compiler()
+    if cxx is None:
+        raise OSError("there is no C++ compiler (install g++)")
+    return ctypes.CDLL(str(_built(cxx)))
 
 
 def _first_line(error: Exception) -> str:

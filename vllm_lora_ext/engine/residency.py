@@ -7,12 +7,12 @@ ends the engine (vllm/lora/worker_manager.py, vllm/lora/model_manager.py).
 from __future__ import annotations
 
 import dataclasses
+import logging
 import time
 from typing import Any
 
 import msgspec
 from vllm.distributed import get_pp_group, get_tp_group
-from vllm.logger import init_logger
 from vllm.lora.layers import BaseLayerWithLoRA, LoRAMapping
 from vllm.lora.lora_model import LoRAModel
 from vllm.lora.model_manager import LRUCacheLoRAModelManager
@@ -21,7 +21,8 @@ from vllm.lora.worker_manager import LRUCacheWorkerLoRAManager
 
 from vllm_lora_ext.engine.loading import AdapterLoader, load_adapter
 
-logger = init_logger("vllm.vllm_lora")
+# A child of vLLM's logger, so that its handler and format apply.
+logger = logging.getLogger("vllm.vllm_lora")
 
 SLICE_S = 0.005  # the longest that one call may keep the engine from its streams
 

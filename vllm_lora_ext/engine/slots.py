@@ -22,6 +22,9 @@ _NO_ADAPTER = -1
 _WEIGHTS = np.dtype([("a", "u8"), ("b", "u8"), ("a_stride", "i8"), ("b_stride", "i8"), ("rank", "i8")])
 
 
+_FUNCTIONS = {torch.float32: "add_lora_float32", torch.bfloat16: "add_lora_bfloat16"}
+
+
 class _CModule(ctypes.Structure):
     """`Module` of native.cpp."""
 
@@ -80,8 +83,17 @@ class LoraModule:
     `widths` are the output features of its slices (q, k, v; gate, up; else one).
     """
 
-    def __init__(self, name: str, in_features: int, widths: Sequence[int], slots: int, max_rank: int) -> None:
+    def __init__(
+        self,
+        name: str,
+        in_features: int,
+        widths: Sequence[int],
+        slots: int,
+        max_rank: int,
+        dtype: torch.dtype,
+    ) -> None:
         self.name, self.in_features, self.widths, self.max_rank = name, in_features, tuple(widths), max_rank
+        self.dtype = dtype
         self._offset = np.concatenate([[0], np.cumsum(widths)]).astype(np.int64)
         self._weights = np.zeros((slots, len(self.widths)), _WEIGHTS)
         # What the addresses in _weights point to stays alive here.
@@ -144,9 +156,7 @@ class LoraModule:
         """y[row] += B(A x[row]) for the step's rows; `y` (rows, out_features) in place, `x` (rows, in)."""
         self._check(step, y)
         if kernel := self._kernel(y, x):
-            kernel(
-                self.address, step.address, y.data_ptr(), y.stride(0), x.data_ptr(), x.stride(0), None
-            )
+            kernel(self.address, step.address, y.data_ptr(), y.stride(0), x.data_ptr(), x.stride(0), None)
             return
         for slot, rows in step:
             grouped.add_lora(y, x, rows, self.pairs(slot))
@@ -170,14 +180,11 @@ class LoraModule:
 
     def _kernel(self, y: torch.Tensor, x: torch.Tensor) -> Callable[..., None] | None:
         """The native function for these tensors; None where torch has to do it."""
-        weights = next((a for slot in self._a for a in slot if a is not None), None)
-        same = weights is not None and x.dtype == y.dtype == weights.dtype
-        kernels = native.library()
-        if kernels is None or not same or x.stride(-1) != 1 or y.stride(-1) != 1:
+        name = _FUNCTIONS.get(self.dtype)
+        if name is None or not x.dtype == y.dtype == self.dtype or x.stride(-1) != 1 or y.stride(-1) != 1:
             return None
-        functions = {torch.float32: "add_lora_float32", torch.bfloat16: "add_lora_bfloat16"}
-        name = functions.get(y.dtype)
-        return getattr(kernels, name) if name else None
+        kernels = native.library()
+        return None if kernels is None else getattr(kernels, name)
 
 
 class SlotTable:
@@ -187,7 +194,9 @@ class SlotTable:
     and `reset_lora`), after its own slicing for tensor parallelism and packed layers.
     """
 
-    def __init__(self, module: LoraModule, index: int, part: str, shape: torch.Size, dtype: torch.dtype) -> None:
+    def __init__(
+        self, module: LoraModule, index: int, part: str, shape: torch.Size, dtype: torch.dtype
+    ) -> None:
         self.module, self.index, self.part = module, index, part
         self.shape, self.dtype = shape, dtype
         self.number = -1  # of the module among those the compiled model calls, see cpu_lora

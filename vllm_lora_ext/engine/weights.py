@@ -145,6 +145,6 @@ def _is_whole(entry: Any, available: int) -> bool:
         (first, last), shape, dtype = entry["data_offsets"], entry["shape"], _DTYPES[entry["dtype"]]
         if not all(type(number) is int and number >= 0 for number in (first, last, *shape)):
             return False
-        return last <= available and last - first == math.prod(shape) * dtype.itemsize
+        return bool(last <= available and last - first == math.prod(shape) * dtype.itemsize)
     except (KeyError, TypeError, ValueError):
         return False
