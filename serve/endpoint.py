@@ -7,6 +7,7 @@ renders each adapter's chats with the adapter's own template, and answers
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import time
 from argparse import Namespace
@@ -103,33 +104,30 @@ async def prove_engine(engine_client: EngineClient, vllm_config: Any, args: Name
         ServerFailed: a worker runs without our parts.
         IsolationBroken: a row was answered with another row's adapter.
     """
-    from vllm_lora_ext.engine.calls import require_parts
-    from vllm_lora_ext.engine.isolation import ModelShape, check_isolation
+    from vllm_lora_ext.engine.calls import prove_isolation, require_parts
+    from vllm_lora_ext.engine.isolation import LEAD, Engine
 
     await require_parts(engine_client)
     if getattr(args, "no_isolation_check", False):
         return
     model, lora = vllm_config.model_config, vllm_config.lora_config
-    try:
+    linears = {}
+    with contextlib.suppress(BadBaseModel):
         linears = read_base_model(args.model).module_shapes() or {}
-    except BadBaseModel:
-        linears = {}
     if lora.target_modules is not None:
         linears = {
             name: shape for name, shape in linears.items() if name.endswith(tuple(lora.target_modules))
         }
-    shape = ModelShape(
-        model.get_hidden_size(),
-        model.get_vocab_size(),
-        linears,
-        lora.max_lora_rank,
-        lora.max_loras,
-        model.max_logprobs,
+    engine = Engine(
+        engine_client, model.get_vocab_size(), lora.max_loras, str(model.dtype) == "torch.float16", linears
     )
     started = time.monotonic()
-    checked = await check_isolation(engine_client, shape)
-    seconds = time.monotonic() - started
-    logger.info("Adapters kept apart: %s (%.1f s)", "checked" if checked else "not checked", seconds)
+    lead = await prove_isolation(engine)
+    if lead is not None:
+        seconds = time.monotonic() - started
+        logger.info("Isolation check: adapters and base do not mix (lead %.0f, %.1f s)", lead, seconds)
+        if lead < LEAD:
+            logger.warning("Isolation check: this model's weights allow no lead of %.0f", LEAD)
 
 
 def remember_death(engine_client: EngineClient, args: Namespace) -> None:

@@ -5,6 +5,7 @@ Run as a program it is the child; `Arm` is the parent's end. A child that dies o
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import select
@@ -75,10 +76,8 @@ class Arm:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        try:
+        with contextlib.suppress(ProcessLookupError):
             os.killpg(self._child.pid, signal.SIGKILL)
-        except ProcessLookupError:
-            pass
         self._child.wait()
 
     def __call__(self, what: str, timeout_s: float = 60.0, **arguments: Any) -> Any:

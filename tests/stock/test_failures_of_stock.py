@@ -6,6 +6,7 @@ test fails and says so.
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import json
 import shutil
@@ -69,9 +70,7 @@ def lose_an_evicted_adapter(arm: Arm, make_adapter: MakeAdapter) -> str:
     return lost
 
 
-def test_s3_f02_stock_dies_of_an_adapter_whose_files_are_gone(
-    doomed: Arm, make_adapter: MakeAdapter
-) -> None:
+def test_s3_f02_stock_dies_of_an_adapter_whose_files_are_gone(doomed: Arm, make_adapter: MakeAdapter) -> None:
     lost = lose_an_evicted_adapter(doomed, make_adapter)
     with pytest.raises((EngineFailed, ArmDied)):
         tokens(doomed, lost)
@@ -162,10 +161,8 @@ def test_f04_a_failed_reload_in_place_leaves_the_old_adapter(
         arm("load", name=name)
     arm("name", name=name, path=str(folder), number=int(name.rsplit("-", 1)[1]))
     if kind == "stock":
-        try:
+        with contextlib.suppress(EngineFailed):  # it may die of it, which is no better
             assert tokens(arm, name) != before, MENDED
-        except EngineFailed:
-            pass  # it dies of it, which is no better
     else:
         assert tokens(arm, name) == before
 
@@ -188,7 +185,7 @@ def test_f11_a_hostile_pattern_is_refused_at_once(kind: str, arms: Arms, make_ad
     arm = arms(kind)
     folder = make_adapter("hostile", seed=13)
     config = json.loads((folder / "adapter_config.json").read_text())
-    config["rank_pattern"] = {"((a|[a-z_.0-9])+)+!": 8}
+    config["rank_pattern"] = {r"(.|.)+\d\d\d": 8}
     (folder / "adapter_config.json").write_text(json.dumps(config))
     name = named(arm, "hostile", folder)
     if kind == "stock":

@@ -3,14 +3,22 @@
 from __future__ import annotations
 
 import asyncio
+import dataclasses
+import logging
 from typing import Any
 
+import torch
+from vllm.lora.layers import RowParallelLinearWithLoRA
 from vllm.lora.request import LoRARequest
 from vllm.v1.engine.async_llm import AsyncLLM
 from vllm.v1.worker.worker_base import WorkerBase
 
+from vllm_lora_ext.engine.isolation import Direction, Engine, MarkerPlan, check_isolation, plan_markers
 from vllm_lora_ext.engine.residency import SafeWorkerLoRAManager
 from vllm_lora_ext.errors import ServerFailed
+
+# A child of vLLM's logger, so that its handler and format apply.
+logger = logging.getLogger("vllm.vllm_lora")
 
 _POLL_S = 0.02
 _PREFIX = "vllm_lora_"
@@ -55,7 +63,32 @@ def kernel_calls(worker: WorkerBase) -> int:
     return count_kernel_calls()
 
 
-WORKER_CALLS = (stage_adapter, is_staged, insert_adapter, forget_adapter, installed_parts, kernel_calls)
+def plan_isolation_markers(worker: WorkerBase) -> dict[str, Any] | None:
+    """How to mark this model, see `isolation.MarkerPlan`; None where its parts are not found."""
+    model, modules = worker.get_model(), _manager(worker)._adapter_manager.modules
+    inner = getattr(model, "model", None)
+    head = getattr(model, "lm_head", None) or getattr(inner, "embed_tokens", None)
+    weight = getattr(getattr(head, "base_layer", head), "weight", None)
+    norm = getattr(getattr(inner, "norm", None), "weight", None)
+    ends = [(n, m.base_layer) for n, m in modules.items() if isinstance(m, RowParallelLinearWithLoRA)]
+    if not ends or not isinstance(weight, torch.Tensor):
+        return None
+    name, last = ends[-1]
+    with torch.inference_mode():
+        directions = plan_markers(weight, norm)
+    return {
+        "module": name,
+        "in_features": last.input_size,
+        "directions": [dataclasses.asdict(direction) for direction in directions],
+        "unembeds": "lm_head" in modules,
+        "norm": None if norm is None else norm.float().tolist(),
+    }
+
+
+WORKER_CALLS = (
+    *(stage_adapter, is_staged, insert_adapter, forget_adapter),
+    *(installed_parts, kernel_calls, plan_isolation_markers),
+)
 
 
 def install_worker_calls() -> None:
@@ -95,6 +128,20 @@ async def require_parts(engine: AsyncLLM) -> None:
     for parts in answers:
         if missing := needed - set(parts):
             raise ServerFailed("a worker of the engine", f"runs without {', '.join(sorted(missing))}", fix)
+
+
+async def prove_isolation(engine: Engine) -> float | None:
+    """`isolation.check_isolation` with markers made for the engine's own weights.
+
+    Returns their lead; None when nothing could be checked.
+    """
+    plan = (await call_workers(engine.client, plan_isolation_markers))[0]
+    if plan is None:
+        logger.warning("No isolation check: the parts of this model that it needs were not found")
+        return None
+    directions = [Direction(**fields) for fields in plan.pop("directions")]
+    markers = MarkerPlan(**plan, directions=directions)
+    return markers.lead() if await check_isolation(engine, markers) else None
 
 
 async def add_lora_staged(engine: AsyncLLM, lora_request: LoRARequest) -> bool:

@@ -38,10 +38,19 @@ def _install_on_cpu(features: Collection[str]) -> None:
     if "isolation" in features:
         wrapper = "vllm_lora_ext.engine.cpu_lora.GroupedPunicaWrapper"
         CpuPlatform.get_punica_wrapper = classmethod(lambda cls: wrapper)
+        _install_embedding()
     # vLLM's own LoRA step cannot be compiled: the two belong together.
     if {"isolation", "compile"} <= set(features):
         check = keeps_compiling(CpuPlatform.check_and_update_config)
         CpuPlatform.check_and_update_config = MethodType(check, CpuPlatform)
+
+
+def _install_embedding() -> None:
+    from vllm.lora.layers import VocabParallelEmbeddingWithLoRA
+
+    from vllm_lora_ext.engine.cpu_lora import embed_with_lora
+
+    VocabParallelEmbeddingWithLoRA.forward = embed_with_lora
 
 
 def _install_everywhere(features: Collection[str]) -> None:

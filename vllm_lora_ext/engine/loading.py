@@ -9,6 +9,7 @@ what is ready.
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import os
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -157,8 +158,9 @@ def give_way() -> None:
 
     The worker's main thread is bound to one core, and a new thread inherits that.
     """
-    torch.set_num_threads(1)
+    with contextlib.suppress(OSError, AttributeError):  # vLLM has switched off torch.set_num_threads
+        ctypes.CDLL(None).omp_set_num_threads(1)
     with contextlib.suppress(OSError, AttributeError):  # not on Linux, or not allowed
         os.sched_setaffinity(0, os.sched_getaffinity(os.getppid()))
     with contextlib.suppress(OSError, AttributeError):
-        os.sched_setscheduler(0, os.SCHED_IDLE, os.sched_param(0))
+        os.setpriority(os.PRIO_PROCESS, 0, 19)

@@ -50,7 +50,7 @@ vllm.v1.engine.async_llm:AsyncLLM
 """
 _ISOLATION = """
 vllm.lora.layers:
-    BaseLayerWithLoRA LoRAMapping.index_mapping LoRAMapping.prompt_mapping
+    BaseLayerWithLoRA LoRAMapping.index_mapping LoRAMapping.prompt_mapping RowParallelLinearWithLoRA
 vllm.lora.layers.base_linear:BaseLinearLayerWithLoRA
     lora_a_stacked lora_b_stacked
 vllm.lora.layers.logits_processor:LogitsProcessorWithLoRA
