@@ -1,7 +1,7 @@
 # The commands that people and CI use; each sets the project up first (once).
 PYTHON_BIN := .venv/bin/python
 
-.PHONY: setup demo test unit check check-symbols format clean
+.PHONY: setup demo test test-stock test-gpu exactness bench unit check check-symbols format clean
 
 setup: ## make .venv and install what this machine needs; a second run does nothing
 	@deploy/setup.sh
@@ -11,6 +11,19 @@ demo: setup ## from rows to answers; BASE=... DATA=id.json NAME=... for your own
 
 test: setup ## all tests, with real vLLM
 	$(PYTHON_BIN) -m pytest
+
+test-stock: setup ## the failures of plain vLLM, shown on plain vLLM and mended with the plugin
+	$(PYTHON_BIN) -m pytest tests/stock
+
+test-gpu: setup ## what must hold on a GPU; skipped with the reason where there is none
+	$(PYTHON_BIN) -m pytest tests/gpu
+
+exactness: setup ## 2,000 comparisons in each dtype: no row feels its neighbours' adapters
+	EXACTNESS_COMPARISONS=2000 $(PYTHON_BIN) -m pytest --timeout 3600 tests/engine/test_exactness.py
+
+bench: setup ## what LoRA costs, and how much a load disturbs; on an idle machine
+	$(PYTHON_BIN) -m benchmarks.bench_lora_tax --json-out .cache/benchmarks/lora_tax.json
+	$(PYTHON_BIN) -m benchmarks.bench_load_stall --json-out .cache/benchmarks/load_stall.json
 
 unit: setup ## the fast part: no vLLM
 	$(PYTHON_BIN) -m pytest tests/unit tests/structure

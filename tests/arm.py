@@ -57,7 +57,7 @@ class Arm:
             "HF_HUB_OFFLINE": "1",
             "PYTHONPATH": str(ROOT),
         }
-        self._log = log
+        self._log, self.dtype = log, settings.get("dtype")
         with log.open("wb") as output:
             self._child = subprocess.Popen(
                 [sys.executable, "-m", "tests.arm", json.dumps({"model": str(base), **settings})],

@@ -5,7 +5,14 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from serve.plan import Inferred, infer_adapters, infer_kv_cache, infer_server, plain_command
+from serve.plan import (
+    Inferred,
+    infer_adapters,
+    infer_compilation,
+    infer_kv_cache,
+    infer_server,
+    plain_command,
+)
 from vllm_lora_ext.spec import AdapterSpec
 
 
@@ -48,6 +55,13 @@ def test_a_server_is_for_this_machine_and_named_after_its_base() -> None:
 def test_the_kv_cache_takes_a_share_of_what_is_free() -> None:
     assert values(infer_kv_cache(8 << 30, {})) == {"kv_cache_memory_bytes": 2 << 30}
     assert values(infer_kv_cache(512 << 30, {})) == {"kv_cache_memory_bytes": 4 << 30}
+
+
+def test_only_a_small_model_is_not_compiled() -> None:
+    assert values(infer_compilation(7_000_000, {})) == {"enforce_eager": True}
+    assert infer_compilation(1_000_000_000, {}) == []
+    assert infer_compilation(None, {}) == []
+    assert infer_compilation(7_000_000, {"enforce_eager": False}) == []
 
 
 def test_what_the_user_states_wins_and_the_rest_fits_to_it() -> None:
