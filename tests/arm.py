@@ -13,6 +13,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -45,7 +46,13 @@ class Arm:
     """
 
     def __init__(
-        self, base: Path, log: Path, plugin: bool, one_process: bool = False, **settings: Any
+        self,
+        base: Path,
+        log: Path,
+        plugin: bool,
+        one_process: bool = False,
+        environment: Mapping[str, str] | None = None,
+        **settings: Any,
     ) -> None:
         environment = {
             **os.environ,
@@ -56,6 +63,7 @@ class Arm:
             "VLLM_NO_USAGE_STATS": "1",
             "HF_HUB_OFFLINE": "1",
             "PYTHONPATH": str(ROOT),
+            **(environment or {}),
         }
         self._log, self.dtype = log, settings.get("dtype")
         with log.open("wb") as output:

@@ -200,7 +200,10 @@ def test_two_ranks_say_what_one_says(base: Path, adapters: dict[str, Path], tmp_
             "tensor_parallel_size": ranks,
             "enable_prefix_caching": False,
         }
-        with Arm(base, tmp_path / f"tp{ranks}.log", plugin=True, **settings) as arm:
+        cores = {
+            "VLLM_CPU_OMP_THREADS_BIND": "0|1" if ranks == 2 else "0-1"
+        }  # vLLM wants a NUMA node per rank
+        with Arm(base, tmp_path / f"tp{ranks}.log", plugin=True, environment=cores, **settings) as arm:
             for number, name in enumerate(("r8", "r64"), 1):
                 arm("name", name=name, path=str(adapters[name]), number=number)
             answers.append(arm.generate([(prompt, name) for name in names], max_tokens=6))

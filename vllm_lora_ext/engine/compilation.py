@@ -15,6 +15,11 @@ from vllm_lora_ext.engine import native
 logger = logging.getLogger("vllm.vllm_lora")
 
 
+# A module's input is read twice now, by the base and by LoRA; with inductor's own threshold (4) it would
+# be computed and stored twice as well.
+_READS = 2
+
+
 def keeps_compiling(check_and_update_config: Callable[[Any], None]) -> Callable[[type, Any], None]:
     """Wrap the CPU platform's `check_and_update_config` (bound): with LoRA on the compile mode stays."""
 
@@ -34,6 +39,7 @@ def keeps_compiling(check_and_update_config: Callable[[Any], None]) -> Callable[
         if native.compiler() is None:
             logger.warning("Compilation is off: it needs a C++ compiler (install g++)")
             return
+        compilation.inductor_compile_config["realize_reads_threshold"] = _READS
         compiled = CompilationMode.DYNAMO_TRACE_ONCE
         compilation.mode = compiled if wanted == CompilationMode.VLLM_COMPILE else wanted
 

@@ -223,6 +223,7 @@ class _Slot:
 
     def __init__(self, table: SlotTable, slot: int) -> None:
         self._table, self._slot = table, slot
+        self.shape, self.dtype = table.shape[1:], table.dtype
 
     def copy_(self, tensor: torch.Tensor, non_blocking: bool = False) -> None:
         """Take the tensor; nothing is copied."""
