@@ -25,7 +25,7 @@ from serve.plan import flag_of, infer_adapters, infer_compilation, infer_kv_cach
 from serve.ready_watch import ReadyWatch
 from serve.screen import screen
 from vllm_lora_ext.base_model import BaseModel, read_base_model
-from vllm_lora_ext.engine import compat
+from vllm_lora_ext.engine import compat, native
 from vllm_lora_ext.errors import AdapterRefused, BadSetting, MissingPackage, PortInUse, ServerFailed
 from vllm_lora_ext.inspection import Inspection
 from vllm_lora_ext.spec import EngineLimits
@@ -155,7 +155,7 @@ def apply_plan(
         inferred += infer_adapters(specs, len(admitted) - len(specs), config.stated)
     if (free := free_memory_of_cpu_platform()) is not None:
         inferred += infer_kv_cache(free, config.stated)
-        inferred += infer_compilation(weights_size(base.name), config.stated)
+        inferred += infer_compilation(weights_size(base.name), native.compiler() is not None, config.stated)
     for value in inferred:
         out.print(f"{flag_of(value)}: {value.reason}")
     values = {item.name: item.value for item in inferred}

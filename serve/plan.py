@@ -46,11 +46,16 @@ def infer_kv_cache(available_bytes: int, stated: Mapping[str, Any]) -> list[Infe
     return _unstated([Inferred("kv_cache_memory_bytes", size, reason)], stated)
 
 
-def infer_compilation(weights_bytes: int | None, stated: Mapping[str, Any]) -> list[Inferred]:
-    """On the CPU: no compilation for a model so small that it costs more time than it saves."""
-    if weights_bytes is None or weights_bytes > SMALL_MODEL_BYTES:
+def infer_compilation(
+    weights_bytes: int | None, has_compiler: bool, stated: Mapping[str, Any]
+) -> list[Inferred]:
+    """On the CPU: no compilation where there is no compiler, or where it costs more time than it saves."""
+    if not has_compiler:
+        reason = "there is no C++ compiler (install g++), so nothing is compiled and answers are slower"
+    elif weights_bytes is not None and weights_bytes <= SMALL_MODEL_BYTES:
+        reason = f"compiling a model of {weights_bytes / 1e6:.0f} MB takes longer than it saves"
+    else:
         return []
-    reason = f"compiling a model of {weights_bytes / 1e6:.0f} MB takes longer than it saves"
     return _unstated([Inferred("enforce_eager", True, reason)], stated)
 
 

@@ -23,15 +23,15 @@ LIMIT_BYTES_PER_S = float(os.environ.get("BENCH_READ_LIMIT", "0"))
 
 
 def throttle(module: ModuleType) -> None:
-    """Put the limit around `module.read_chunk(fd, size) -> bytes`."""
+    """Put the limit around `module.read_chunk(fd, target) -> int`."""
     read_chunk: Any = vars(module)["read_chunk"]
 
-    def read_slowly(fd: int, size: int) -> bytes:
+    def read_slowly(fd: int, target: memoryview) -> int:
         started = time.monotonic()
-        data: bytes = read_chunk(fd, size)
+        count: int = read_chunk(fd, target)
         if "throttled" in str(Path(f"/proc/self/fd/{fd}").readlink()):
-            time.sleep(max(0.0, started + len(data) / LIMIT_BYTES_PER_S - time.monotonic()))
-        return data
+            time.sleep(max(0.0, started + count / LIMIT_BYTES_PER_S - time.monotonic()))
+        return count
 
     vars(module)["read_chunk"] = read_slowly
 

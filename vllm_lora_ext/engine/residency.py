@@ -25,6 +25,7 @@ from vllm_lora_ext.engine.loading import AdapterLoader, load_adapter
 logger = logging.getLogger("vllm.vllm_lora")
 
 SLICE_S = 0.005  # the longest that one call may keep the engine from its streams
+_SLICE_BYTES = 50 << 20  # what a GPU takes in that time, at 10 GB/s; its copies return before they are done
 
 
 class AdapterSlots(LRUCacheLoRAModelManager):  # type: ignore[misc]
@@ -84,10 +85,11 @@ class AdapterSlots(LRUCacheLoRAModelManager):  # type: ignore[misc]
         """
         deadline = time.monotonic() + budget_s
         modules = self._unfilled.get(lora_id, [])
+        written = 0
         try:
             while modules:
-                self._fill(lora_id, modules.pop())
-                if time.monotonic() > deadline:
+                written += self._fill(lora_id, modules.pop())
+                if time.monotonic() > deadline or written > _SLICE_BYTES:
                     break
         except Exception:
             self.deactivate_adapter(lora_id)
@@ -96,8 +98,8 @@ class AdapterSlots(LRUCacheLoRAModelManager):  # type: ignore[misc]
             self._unfilled.pop(lora_id, None)
         return not modules
 
-    def _fill(self, lora_id: int, module_name: str) -> None:
-        """One module of `activate_adapter` upstream (vllm/lora/model_manager.py)."""
+    def _fill(self, lora_id: int, module_name: str) -> int:
+        """One module of upstream's `activate_adapter` (vllm/lora/model_manager.py); the bytes it copies."""
         slot, module = self.lora_index_to_id.index(lora_id), self.modules[module_name]
         adapter = self._registered_adapters[lora_id]
         if hasattr(module, "set_module_to_save"):
@@ -109,8 +111,9 @@ class AdapterSlots(LRUCacheLoRAModelManager):  # type: ignore[misc]
         weights = self._get_lora_layer_weights(adapter, module_name)
         if weights is None:
             module.reset_lora(slot)
-        else:
-            module.set_lora(slot, weights.lora_a, weights.lora_b)
+            return 0
+        module.set_lora(slot, weights.lora_a, weights.lora_b)
+        return 0 if module in self._pointing else _size(weights.lora_a) + _size(weights.lora_b)
 
     def _deactivate_adapter(self, lora_id: int) -> None:
         # Also called by the cache of active adapters when it lets one go.
@@ -233,6 +236,12 @@ class SafeWorkerLoRAManager(LRUCacheWorkerLoRAManager):  # type: ignore[misc]
         except Exception:
             manager.remove_adapter(adapter_id)
             raise
+
+
+def _size(weights: Any) -> int:
+    """Bytes of a tensor, or of the tensors of a packed layer."""
+    tensors = weights if isinstance(weights, list) else [weights]
+    return sum(tensor.nbytes for tensor in tensors if tensor is not None)
 
 
 def describe(request: LoRARequest, error: Exception) -> str:

@@ -30,9 +30,9 @@ _DTYPES = {
 }
 
 
-def read_chunk(file: int, size: int) -> bytes:
-    """At most `size` bytes from where the file descriptor stands. All reading passes through here."""
-    return os.read(file, size)
+def read_chunk(file: int, target: memoryview) -> int:
+    """Read from where the file descriptor stands into `target`; how many bytes. All reading passes here."""
+    return os.readv(file, [target])
 
 
 class RegularFile:
@@ -67,11 +67,10 @@ class RegularFile:
         os.lseek(self._file, offset, os.SEEK_SET)
         filled = 0
         while filled < len(target):
-            chunk = read_chunk(self._file, min(CHUNK_BYTES, len(target) - filled))
-            if not chunk:
+            count = read_chunk(self._file, target[filled : filled + CHUNK_BYTES])
+            if not count:
                 raise ValueError(f"{self.name} ends after {offset + filled} bytes, more were promised")
-            target[filled : filled + len(chunk)] = chunk
-            filled += len(chunk)
+            filled += count
 
     def read(self, size: int, offset: int = 0) -> bytes:
         """`size` bytes from `offset` on; raises as `fill`."""

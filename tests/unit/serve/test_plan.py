@@ -57,11 +57,13 @@ def test_the_kv_cache_takes_a_share_of_what_is_free() -> None:
     assert values(infer_kv_cache(512 << 30, {})) == {"kv_cache_memory_bytes": 4 << 30}
 
 
-def test_only_a_small_model_is_not_compiled() -> None:
-    assert values(infer_compilation(7_000_000, {})) == {"enforce_eager": True}
-    assert infer_compilation(1_000_000_000, {}) == []
-    assert infer_compilation(None, {}) == []
-    assert infer_compilation(7_000_000, {"enforce_eager": False}) == []
+def test_a_small_model_and_a_machine_without_a_compiler_are_not_compiled() -> None:
+    assert values(infer_compilation(7_000_000, True, {})) == {"enforce_eager": True}
+    assert infer_compilation(1_000_000_000, True, {}) == []
+    assert infer_compilation(None, True, {}) == []
+    assert infer_compilation(7_000_000, True, {"enforce_eager": False}) == []
+    (missing,) = infer_compilation(1_000_000_000, False, {})
+    assert missing.value is True and "install g++" in missing.reason
 
 
 def test_what_the_user_states_wins_and_the_rest_fits_to_it() -> None:

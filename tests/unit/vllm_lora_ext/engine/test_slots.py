@@ -81,6 +81,25 @@ def test_each_row_gets_its_own_adapter(
     torch.testing.assert_close(y.double(), expected, atol=tolerance, rtol=tolerance)
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("slices", [1, 2, 3])
+@pytest.mark.parametrize("hidden", [128, 2049, 3456])
+@pytest.mark.parametrize(
+    ("adapters", "rank", "requests", "tokens"),
+    [(1, 8, 1, 128), (4, 16, 4, 32), (32, 32, 16, 1), (128, 8, 16, 1)],
+)
+def test_the_cases_of_vllms_own_operator_tests(
+    dtype: torch.dtype, slices: int, hidden: int, adapters: int, rank: int, requests: int, tokens: int
+) -> None:
+    """Odd widths, many adapters, prefill and decode (vllm's tests/lora/test_punica_ops.py, by shape)."""
+    module = make_module([rank] * adapters, hidden, (hidden,) * slices, dtype)
+    slots = np.repeat(np.random.default_rng(0).integers(0, adapters, requests), tokens).tolist()
+    x, y = batch(len(slots), hidden, hidden * slices, dtype)
+    expected = reference(module, slots[:8], x[:8], y[:8])
+    module.add_lora(step_of(slots), y, x)
+    torch.testing.assert_close(y[:8].double(), expected, atol=0.06, rtol=0.03)
+
+
 @pytest.mark.parametrize("rank", [1, 7, 8, 64, 320, 512])
 def test_every_rank_up_to_512(kernels: str, rank: int) -> None:
     module = make_module([rank], 256, (96,), torch.float32)
