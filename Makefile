@@ -19,7 +19,7 @@ test-gpu: setup ## what must hold on a GPU; skipped with the reason where there 
 	$(PYTHON_BIN) -m pytest tests/gpu
 
 exactness: setup ## 2,000 comparisons in each dtype: no row feels its neighbours' adapters
-	EXACTNESS_COMPARISONS=2000 $(PYTHON_BIN) -m pytest --timeout 3600 tests/engine/test_exactness.py
+	EXACTNESS_COMPARISONS=2000 $(PYTHON_BIN) -m pytest --timeout 3600 -rP tests/engine/test_exactness.py
 
 bench: setup ## what LoRA costs, and how much a load disturbs; on an idle machine
 	$(PYTHON_BIN) -m benchmarks.bench_lora_tax --json-out .cache/benchmarks/lora_tax.json

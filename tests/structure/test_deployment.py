@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -53,3 +54,13 @@ def test_the_images_install_the_versions_that_the_project_pins() -> None:
     torch = "torch==2.13.0+cpu"
     assert torch in (ROOT / "deploy" / "setup.sh").read_text()
     assert torch in (ROOT / "deploy" / "Dockerfile.cpu").read_text()
+
+
+def test_an_installed_package_has_every_file_that_it_needs() -> None:
+    """Whatever is no Python file has to be named, or a wheel would lack it."""
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())
+    named = project["tool"]["setuptools"]["package-data"]
+    for package in ("vllm_lora_ext", "serve", "train"):
+        files = {path.relative_to(ROOT / package) for path in (ROOT / package).rglob("*") if path.is_file()}
+        others = {str(path) for path in files if path.suffix not in (".py", ".pyc")}
+        assert others == set(named[package])
