@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import dataclasses
 import logging
+import time
 from typing import Any
 
 import torch
@@ -20,7 +21,8 @@ from vllm_lora_ext.errors import ServerFailed
 # A child of vLLM's logger, so that its handler and format apply.
 logger = logging.getLogger("vllm.vllm_lora")
 
-_POLL_S = 0.02
+# Each question costs the engine a moment between two steps, so a long load is asked for less often.
+_POLL_S, _POLL_SHARE, _LONGEST_POLL_S = 0.02, 0.05, 0.5
 _PREFIX = "vllm_lora_"
 
 
@@ -156,8 +158,10 @@ async def add_lora_staged(engine: AsyncLLM, lora_request: LoRARequest) -> bool:
     adapter_id = lora_request.lora_int_id
     try:
         await call_workers(engine, stage_adapter, fields)
+        started = time.monotonic()
         while not all(await call_workers(engine, is_staged, adapter_id)):
-            await asyncio.sleep(_POLL_S)
+            waited = time.monotonic() - started
+            await asyncio.sleep(min(_POLL_S + _POLL_SHARE * waited, _LONGEST_POLL_S))
         while not all(await call_workers(engine, insert_adapter, fields)):
             pass
     except BaseException:
