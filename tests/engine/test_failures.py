@@ -111,8 +111,8 @@ def test_a_server_whose_endpoint_cannot_be_loaded_is_stopped(tiny_base: Path, tm
 
 def test_a_vllm_without_what_keeps_adapters_apart_ends_the_process() -> None:
     script = """
-from vllm.lora.worker_manager import LRUCacheWorkerLoRAManager
-del LRUCacheWorkerLoRAManager._apply_adapters
+from vllm.lora.worker_manager import WorkerLoRAManager
+del WorkerLoRAManager.set_active_adapters
 from vllm.plugins import load_general_plugins
 load_general_plugins()
 print("goes on")
@@ -128,4 +128,4 @@ print("goes on")
         )
         assert done.returncode == code, done.stderr
         assert ("goes on" in done.stdout) is (skip == "1")
-        assert "_apply_adapters" in done.stderr + done.stdout
+        assert "set_active_adapters" in done.stderr + done.stdout

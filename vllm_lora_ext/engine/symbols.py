@@ -64,8 +64,7 @@ vllm.lora.punica_wrapper.punica_base:PunicaWrapperBase
     update_metadata(mapping, lora_index_to_id, max_loras, vocab_size)
 vllm.lora.punica_wrapper.punica_cpu:PunicaWrapperCPU(max_num_batched_tokens, max_batches)
 vllm.lora.punica_wrapper.punica_cpu:PunicaWrapperCPU
-    add_lora_embedding(y, x) add_lora_linear(y, x, lora_a_stacked) add_lora_logits(y, x, lora_a_stacked)
-    sampler_indices token_lora_indices
+    add_lora_linear(y, x, lora_a_stacked) add_lora_logits(y, x, lora_a_stacked)
 vllm.platforms.cpu:CpuPlatform.get_punica_wrapper
 """
 _COMPILE = """
@@ -82,20 +81,18 @@ vllm.lora.layers:BaseLayerWithLoRA
     reset_lora(index) set_lora(index, lora_a, lora_b)
 vllm.lora.lora_model:LoRAModel
     _should_skip_module(module_name, skip_prefixes)
-    from_local_checkpoint(lora_dir, expected_lora_modules, peft_helper)
     from_lora_tensors(lora_model_id, tensors, peft_helper, *, device, dtype, weights_mapper, skip_prefixes)
 vllm.lora.model_manager:LRUCacheLoRAModelManager
     _active_adapters _registered_adapters capacity lora_index_to_id lora_slots modules
     packed_modules_mapping remove_oldest_adapter supported_lora_modules vocab_size
     _add_adapter(lora) _create_merged_loras_inplace(lora_model) _deactivate_adapter(lora_id)
     _get_lora_layer_weights(lora_model, module_name) _get_module_to_save_weights(lora_model, module_name)
-    _pin_lora_in_gpu_cache(lora_id) _validate_moe_lora_format(lora_model)
+    _validate_moe_lora_format(lora_model)
     _validate_modules_to_save(lora_model) _validate_token_classification_lora(lora_model)
     activate_adapter(lora_id) deactivate_adapter(adapter_id) get_adapter(adapter_id)
     pin_adapter(lora_id) remove_adapter(adapter_id) set_adapter_mapping(mapping)
 vllm.lora.peft_helper:PEFTHelper
-    from_dict(config_dict) from_local_dir(lora_path, max_position_embeddings)
-    get_rank_and_scaling(module_name) validate_legal(lora_config)
+    from_dict(config_dict) validate_legal(lora_config)
 vllm.lora.request:LoRARequest
     is_3d_lora_weight load_inplace lora_int_id lora_name lora_path
 vllm.lora.utils:
@@ -103,7 +100,7 @@ vllm.lora.utils:
     parse_fine_tuned_lora_name(name, weights_mapper)
 vllm.lora.worker_manager:LRUCacheWorkerLoRAManager
     _adapter_manager _manager_cls list_adapters max_position_embeddings
-    _apply_adapters(lora_requests) _load_adapter(lora_request) add_adapter(lora_request)
+    _load_adapter(lora_request) add_adapter(lora_request)
     remove_adapter(adapter_id) set_active_adapters(requests, mapping)
 vllm.utils.cache:LRUCache
     pinned_items remove_oldest touch(key)
