@@ -22,10 +22,11 @@ namespace {
 constexpr int LANES = 16;       // float32 numbers in one vector
 constexpr int TILE_ROWS = 4;    // rows x (ranks or vectors of y) held in registers
 constexpr int TILE_WIDTH = 4;
-constexpr int ROW_BLOCK = 64;   // rows in one piece of work
+constexpr int ROW_BLOCK = 128;   // rows in one piece of work
 constexpr int WIDEN_ROWS = 12;  // from here on it pays to convert B first
 constexpr int RANK_BLOCK = 8;   // ranks in one piece of the first product
 constexpr int OUT_BLOCK = 512;  // output features in one piece of the second
+constexpr int LONG_OUT_BLOCK = 2432;  // the same with many rows: memory likes long runs
 
 typedef float Vec __attribute__((vector_size(64)));
 typedef uint32_t UVec __attribute__((vector_size(64)));
@@ -52,12 +53,17 @@ inline void store(float* target, Vec value) { std::memcpy(target, &value, sizeof
 
 // Round to nearest, ties to even; a NaN stays one.
 inline void store(BFloat16* target, Vec value) {
+#ifdef __AVX512BF16__
+    __m256bh half = _mm512_cvtneps_pbh((__m512)value);
+    std::memcpy(target, &half, sizeof half);
+#else
     UVec bits = (UVec)value;
     UVec rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
     UVec quiet = (bits >> 16) | 0x40;
     UVec is_nan = (UVec)(value != value);
     HVec half = __builtin_convertvector((is_nan & quiet) | (~is_nan & rounded), HVec);
     std::memcpy(target, &half, sizeof half);
+#endif
 }
 
 inline float widen(float value) { return value; }
@@ -283,10 +289,10 @@ struct Call {
         if (p.rows < WIDEN_ROWS) return expand(p, w.rank, b, w.b_stride);
         // Many rows: convert B once, and have it in one place.
         static thread_local std::vector<float> wide;
-        if ((int64_t)wide.size() < w.rank * OUT_BLOCK) wide.resize(w.rank * OUT_BLOCK);
+        if ((int64_t)wide.size() < w.rank * p.count) wide.resize(w.rank * p.count);
         for (int64_t k = 0; k < w.rank; k++)
-            for (int o = 0; o < p.count; o++) wide[k * OUT_BLOCK + o] = widen(b[k * w.b_stride + o]);
-        expand(p, w.rank, (const float*)wide.data(), OUT_BLOCK);
+            for (int o = 0; o < p.count; o++) wide[k * p.count + o] = widen(b[k * w.b_stride + o]);
+        expand(p, w.rank, (const float*)wide.data(), p.count);
     }
 
     template <typename B>
@@ -327,8 +333,9 @@ struct Plan {
                     for (int32_t k = 0; k < w.rank; k += RANK_BLOCK)
                         shrink.push_back(
                             {g, s, r, some, k, std::min<int32_t>(RANK_BLOCK, (int32_t)w.rank - k), used});
-                    for (int32_t o = 0; o < width; o += OUT_BLOCK)
-                        expand.push_back({g, s, r, some, o, std::min(OUT_BLOCK, width - o), used});
+                    int32_t block = some < WIDEN_ROWS || w.rank > 64 ? OUT_BLOCK : LONG_OUT_BLOCK;
+                    for (int32_t o = 0; o < width; o += block)
+                        expand.push_back({g, s, r, some, o, std::min(block, width - o), used});
                 }
                 used += rows * w.rank;
             }
