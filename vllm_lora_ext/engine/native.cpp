@@ -22,7 +22,7 @@ namespace {
 constexpr int LANES = 16;       // float32 numbers in one vector
 constexpr int TILE_ROWS = 4;    // rows x (ranks or vectors of y) held in registers
 constexpr int TILE_WIDTH = 4;
-constexpr int ROW_BLOCK = 128;   // rows in one piece of work
+constexpr int ROW_BLOCK = 128;  // rows in one piece of work
 constexpr int WIDEN_ROWS = 12;  // from here on it pays to convert B first
 constexpr int RANK_BLOCK = 8;   // ranks in one piece of the first product
 constexpr int OUT_BLOCK = 512;  // output features in one piece of the second
