@@ -87,18 +87,18 @@ class Case:
 
 
 def by_ours(case: Case) -> None:
-    """The modules' own step: native, or torch where `native.library` says so."""
+    """The modules' own step: native, or torch where `native.kernels` says so."""
     for module in case.modules:
         module.add_lora(case.step, *case.ends(module))
 
 
 def by_torch(case: Case) -> None:
     """Products per adapter."""
-    library, slots.native.library = slots.native.library, lambda: None
+    library, slots.native.kernels = slots.native.kernels, lambda: None
     try:
         by_ours(case)
     finally:
-        slots.native.library = library
+        slots.native.kernels = library
 
 
 def by_stock(case: Case) -> None:
@@ -154,7 +154,7 @@ def main(argv: Sequence[str]) -> None:
     parser.add_argument("--dtype", default="bfloat16", choices=["bfloat16", "float32"])
     parser.add_argument("--json-out", type=Path)
     args = parser.parse_args(argv)
-    assert native.library() is not None, "no native kernels: see the line above"
+    assert native.kernels() is not None, "no native kernels: see the line above"
     table = Table(title=f"LoRA step of one model step, ms, {args.dtype}")
     for column in ("rows", "adapters", "rank", *FORMS):
         table.add_column(column, justify="right")

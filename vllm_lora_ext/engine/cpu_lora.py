@@ -11,18 +11,20 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch import library as torch_library
 from vllm.lora.layers import BaseLayerWithLoRA, LoRAMapping, VocabParallelEmbeddingWithLoRA
 from vllm.lora.layers.base_linear import BaseLinearLayerWithLoRA
 from vllm.lora.layers.logits_processor import LogitsProcessorWithLoRA
 from vllm.lora.punica_wrapper.punica_cpu import PunicaWrapperCPU
 
+from vllm_lora_ext.engine import native
 from vllm_lora_ext.engine.slots import LoraModule, SlotTable, Step
 
 # The operators can be handed numbers only, which the compiled model keeps: this is what they
 # stand for. One model per process, filled while it is built and never changed after.
 _CALLED: list[tuple[LoraModule, Step]] = []
 
-_operators = torch.library.Library("vllm_lora", "FRAGMENT")
+_operators = torch_library.Library("vllm_lora", "FRAGMENT")
 _operators.define("add_lora(Tensor(a!) y, Tensor x, int module) -> ()")
 _operators.define("add_embedding(Tensor(a!) y, Tensor tokens, int module) -> ()")
 
@@ -45,8 +47,8 @@ def _nothing(y: torch.Tensor, other: torch.Tensor, module: int) -> None:
 
 _operators.impl("add_lora", _add_lora, "CPU")
 _operators.impl("add_embedding", _add_embedding, "CPU")
-torch.library.register_fake("vllm_lora::add_lora", _nothing, lib=_operators)
-torch.library.register_fake("vllm_lora::add_embedding", _nothing, lib=_operators)
+torch_library.register_fake("vllm_lora::add_lora", _nothing, lib=_operators)
+torch_library.register_fake("vllm_lora::add_embedding", _nothing, lib=_operators)
 
 
 class GroupedPunicaWrapper(PunicaWrapperCPU):  # type: ignore[misc]
@@ -56,6 +58,7 @@ class GroupedPunicaWrapper(PunicaWrapperCPU):  # type: ignore[misc]
         super().__init__(max_num_batched_tokens, max_batches, *args, **kwargs)
         self.tokens = Step(max_num_batched_tokens)
         self.samples = Step(max_num_batched_tokens)
+        native.kernels()  # built now, not during somebody's request
 
     def update_metadata(
         self, mapping: LoRAMapping, lora_index_to_id: list[int | None], *args: Any, **kwargs: Any

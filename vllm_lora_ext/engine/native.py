@@ -34,17 +34,17 @@ def compiler() -> str | None:
 
 
 @cache
-def library() -> ctypes.CDLL | None:
+def kernels() -> ctypes.CDLL | None:
     """The compiled kernels, built at first use; None where they cannot be had, and one line says why."""
     try:
-        kernels = _load()
+        loaded = _load()
     except (OSError, subprocess.SubprocessError) as error:
         reason = _first_line(error)
         logger.warning("LoRA on the CPU runs without native kernels, slower, in torch: %s", reason)
         return None
-    for function in (kernels.add_lora_float32, kernels.add_lora_bfloat16):
+    for function in (loaded.add_lora_float32, loaded.add_lora_bfloat16):
         function.argtypes, function.restype = _SIGNATURE, None
-    return kernels
+    return loaded
 
 
 def _load() -> ctypes.CDLL:

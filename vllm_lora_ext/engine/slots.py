@@ -183,7 +183,7 @@ class LoraModule:
         name = _FUNCTIONS.get(self.dtype)
         if name is None or not x.dtype == y.dtype == self.dtype or x.stride(-1) != 1 or y.stride(-1) != 1:
             return None
-        kernels = native.library()
+        kernels = native.kernels()
         return None if kernels is None else getattr(kernels, name)
 
 
