@@ -12,15 +12,20 @@ from collections.abc import Callable, Sequence
 from vllm_lora_ext import __version__
 from vllm_lora_ext.exit_codes import run_command
 
-# verb -> (module with `main(argv) -> int`, what it does); a module is imported only when it is asked for
+# verb -> (`module:function(argv) -> int`, what it does); a module is imported only when it is asked for
 COMMANDS = {
-    "train": ("train.__main__", "train an adapter from rows of instruction, input and output"),
-    "validate": ("serve.validate", "say whether adapters may be served, and if not, why"),
-    "serve": ("serve.launch", "serve a base model and a folder of adapters"),
-    "chat": ("serve.chat", "ask a running server, or --local: base and adapter side by side"),
-    "merge": ("train.merge", "make one full model of an adapter and its base"),
-    "loadtest": ("serve.loadtest.__main__", "measure a running server, adapter by adapter"),
-    "env": ("serve.environment", "print versions, device and cores, and what is missing"),
+    "train": ("train.__main__:main", "train an adapter from rows of instruction, input and output"),
+    "validate": ("serve.validate:main", "say whether adapters may be served, and if not, why"),
+    "show": ("serve.versions:show", "show an adapter's folder, or a published name with its versions"),
+    "serve": ("serve.launch:main", "serve a base model and a folder of adapters"),
+    "ls": ("serve.versions:list_names", "list what is published"),
+    "publish": ("serve.versions:publish_folder", "check an adapter and make it the live version of its name"),
+    "rollback": ("serve.versions:rollback", "make an earlier version live again"),
+    "rm": ("serve.versions:remove", "take names out of service"),
+    "chat": ("serve.chat:main", "ask a running server, or --local: base and adapter side by side"),
+    "merge": ("train.merge:main", "make one full model of an adapter and its base"),
+    "loadtest": ("serve.loadtest.__main__:main", "measure a running server, adapter by adapter"),
+    "env": ("serve.environment:main", "print versions, device and cores, and what is missing"),
 }
 
 
@@ -42,5 +47,6 @@ def main(argv: Sequence[str]) -> int:
     if verb not in COMMANDS:
         print(f"error: {verb!r} is no command\n\n{usage()}", file=sys.stderr)
         return 2
-    command: Callable[[Sequence[str]], int] = importlib.import_module(COMMANDS[verb][0]).main
+    module, _, function = COMMANDS[verb][0].partition(":")
+    command: Callable[[Sequence[str]], int] = getattr(importlib.import_module(module), function)
     return run_command(command, rest)

@@ -6,9 +6,12 @@ import argparse
 import dataclasses
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
-from serve.fleet import AdapterSource
+from serve.flags import add_allow_flag, at_least
+from vllm_lora_ext.catalog import KEEP_VERSIONS
+from vllm_lora_ext.sources import AdapterSource, stated_module
 
 # vLLM's settings that we infer when they are not stated.
 INFERRED = (
@@ -41,6 +44,9 @@ class ServeConfig:
     modules: tuple[AdapterSource, ...]
     base_model: str | None
     strict: bool
+    state_dir: Path | None
+    keep_versions: int
+    allow: frozenset[str]
     stated: Mapping[str, Any]
 
     @property
@@ -68,6 +74,21 @@ def add_own_flags(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--base-model", metavar="DIR_OR_HUB_ID", help="default: the one that the adapters name"
     )
+    group.add_argument(
+        "--state-dir",
+        type=Path,
+        metavar="DIR",
+        help="where checked versions and the state are kept; default: one per adapters folder, under "
+        "$XDG_STATE_HOME/vllm-lora",
+    )
+    group.add_argument(
+        "--keep-versions",
+        type=at_least(1),
+        default=KEEP_VERSIONS,
+        metavar="N",
+        help="per adapter; default: 10",
+    )
+    add_allow_flag(group)
     group.add_argument("--strict", action="store_true", help="do not start when an adapter is refused")
     group.add_argument(
         "--no-isolation-check",
@@ -94,14 +115,17 @@ def read_config(args: argparse.Namespace, unstated: object) -> ServeConfig:
     base = args.base_model or args.model_tag or (args.model if args.model is not unstated else None)
     return ServeConfig(
         adapters=tuple(args.adapters),
-        modules=tuple(map(_source_of, args.lora_modules or ())),
+        modules=tuple(map(source_of, args.lora_modules or ())),
         base_model=base,
         strict=args.strict,
+        state_dir=args.state_dir,
+        keep_versions=args.keep_versions,
+        allow=frozenset(args.allow),
         stated={name: getattr(args, name) for name in INFERRED if getattr(args, name) is not unstated},
     )
 
 
-def _source_of(module: Any) -> AdapterSource:
+def source_of(module: Any) -> AdapterSource:
     """One of vLLM's `LoRAModulePath`s, with every field that was stated."""
     fields = dataclasses.asdict(module)
-    return AdapterSource(fields.pop("name"), fields.pop("path"), fields)
+    return stated_module(fields.pop("name"), fields.pop("path"), fields)

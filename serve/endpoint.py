@@ -1,24 +1,31 @@
 """The part of vllm-lora that lives inside vLLM's own OpenAI server (group `vllm.endpoint_plugins`).
 
-It loads the adapters one by one, so that one that fails stops nobody else,
-renders each adapter's chats with the adapter's own template, and answers
-`GET /ready`.
+It loads the adapters from the store, one by one, so that one that fails stops nobody
+else, renders each adapter's chats with the adapter's own template, and answers `GET /ready`.
 """
 
 from __future__ import annotations
 
+import asyncio
+import atexit
 import contextlib
 import logging
+import shutil
+import tempfile
 import time
 from argparse import Namespace
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from serve.config import source_of
+from serve.fleet import default_state_dir
+from serve.following import CatalogFollower, StoreGate
 from vllm_lora_ext.base_model import read_base_model
-from vllm_lora_ext.contract import template_to_use
+from vllm_lora_ext.catalog import Catalog
 from vllm_lora_ext.errors import BadBaseModel, ServerFailed
-from vllm_lora_ext.inspection import inspect_adapter
+from vllm_lora_ext.inbox import Inbox
+from vllm_lora_ext.inspection import Rules
 from vllm_lora_ext.spec import EngineLimits
 
 if TYPE_CHECKING:
@@ -27,11 +34,6 @@ if TYPE_CHECKING:
     from vllm.engine.protocol import EngineClient
     from vllm.entrypoints.openai.models.protocol import LoRAModulePath
     from vllm.entrypoints.openai.models.serving import OpenAIServingModels
-    from vllm.entrypoints.serve.engine.protocol import ErrorResponse
-    from vllm.entrypoints.serve.lora.protocol import (
-        LoadLoRAAdapterRequest,
-        UnloadLoRAAdapterRequest,
-    )
     from vllm.renderers.online_renderer import OnlineRenderer
 
 # A child of vLLM's logger, so that its handler and format apply.
@@ -46,6 +48,7 @@ class AdapterEndpoint:
 
     def __init__(self) -> None:
         self.modules: Sequence[LoRAModulePath] = ()
+        self.following: asyncio.Task[None] | None = None
 
     def attach_router(self, app: FastAPI) -> None:
         """Add `/ready`, and take the adapters over from vLLM, which would stop at the first that fails."""
@@ -65,34 +68,55 @@ class AdapterEndpoint:
         Raises:
             ServerFailed: with --strict, when an adapter cannot be loaded.
         """
-        from vllm.entrypoints.serve.engine.protocol import ErrorResponse
-        from vllm.entrypoints.serve.lora.protocol import LoadLoRAAdapterRequest
-
         if engine_client is not None:
             remember_death(engine_client, args)
         if engine_client is None or state.vllm_config.lora_config is None:
             return
         await prove_engine(engine_client, state.vllm_config, args)
         models: OpenAIServingModels = state.openai_serving_models
-        templates: dict[str, str] = {}
-        guard_loading(models, templates, state.vllm_config.lora_config.max_lora_rank, args)
-        render_with_own_template(state.online_renderer, templates)
-        failed = []
-        for module in self.modules:
-            request = LoadLoRAAdapterRequest(
-                lora_name=module.name,
-                lora_path=module.path,
-                is_3d_lora_weight=module.is_3d_lora_weight,
-            )
-            outcome = await models.load_lora_adapter(request, module.base_model_name)
-            if isinstance(outcome, ErrorResponse):
-                logger.error("Adapter %s was not loaded: %s", module.name, outcome.error.message)
-                failed.append(module.name)
-        if failed and getattr(args, "strict", False):
-            raise ServerFailed(", ".join(failed), "could not be loaded", "Start without --strict.")
+        rules = rules_of(models, state.vllm_config.lora_config.max_lora_rank, args)
+        catalog = await asyncio.to_thread(open_catalog, self.modules, rules, args)
+        gate = StoreGate(models, catalog.store, rules, args)
+        render_with_own_template(state.online_renderer, gate.templates)
+        follower = CatalogFollower(catalog, gate, models)
+        await follower.load_new()
+        if follower.failed and getattr(args, "strict", False):
+            raise ServerFailed(", ".join(follower.failed), "could not be loaded", "Start without --strict.")
+        self.following = asyncio.create_task(follower.follow())
         served = ", ".join(models.lora_requests) or "none"
         count = len(models.lora_requests)
         logger.info("Ready with base model %s and %d adapters: %s", models.model_name(), count, served)
+
+
+def rules_of(models: OpenAIServingModels, max_lora_rank: int, args: Namespace) -> Rules:
+    """What the running server judges adapters by."""
+    try:
+        base = read_base_model(args.model)
+    except BadBaseModel:
+        base = None  # an unusual source of the base: names and shapes stay unproven
+    base_names = tuple(path.name for path in models.base_model_paths)
+    allow = frozenset(getattr(args, "allow", ()))
+    return Rules(base, base_names, EngineLimits(max_lora_rank), allow)
+
+
+def open_catalog(modules: Sequence[LoRAModulePath], rules: Rules, args: Namespace) -> Catalog:
+    """The catalog that `vllm-lora serve` keeps; under plain vLLM one of our own with `--lora-modules` in it.
+
+    Raises:
+        StateLocked: under plain vLLM, another server works with the same adapters.
+    """
+    if getattr(args, "state_dir", None):
+        return Catalog(Path(args.state_dir), readonly=True)
+    sources = [source_of(module) for module in modules]
+    if sources:
+        state_dir = default_state_dir([source.path for source in sources])
+    else:  # for adapters that are loaded at run time, which plain vLLM forgets
+        state_dir = Path(tempfile.mkdtemp(prefix="vllm-lora-"))
+        atexit.register(shutil.rmtree, state_dir, ignore_errors=True)
+    catalog = Catalog(state_dir)
+    inbox = Inbox(catalog, rules)
+    inbox.take_all(inbox.scan(sources))
+    return catalog
 
 
 async def prove_engine(engine_client: EngineClient, vllm_config: Any, args: Namespace) -> None:
@@ -143,47 +167,6 @@ def remember_death(engine_client: EngineClient, args: Namespace) -> None:
         return upstream(*positional, **named)
 
     engine_client.shutdown = shutdown
-
-
-def guard_loading(
-    models: OpenAIServingModels, templates: dict[str, str], max_lora_rank: int, args: Namespace
-) -> None:
-    """Judge every adapter before vLLM loads it, now or later; `templates` follows what is loaded."""
-    from vllm.entrypoints.serve import create_error_response
-    from vllm.entrypoints.serve.engine.protocol import ErrorResponse
-
-    load, unload = models.load_lora_adapter, models.unload_lora_adapter
-    limits = EngineLimits(max_lora_rank)
-    base_names = [path.name for path in models.base_model_paths]
-    try:
-        base = read_base_model(args.model)
-    except BadBaseModel:
-        base = None  # an unusual source of the base: names and shapes stay unproven
-
-    async def load_lora_adapter(
-        request: LoadLoRAAdapterRequest, base_model_name: str | None = None
-    ) -> ErrorResponse | str:
-        folder, template = Path(request.lora_path), None
-        if folder.is_dir():
-            inspection = inspect_adapter(folder, base, request.lora_name, limits, base_names)
-            if not inspection.admitted:
-                return create_error_response("; ".join(map(str, inspection.findings)))
-            template = template_to_use(inspection.chat, args.chat_template)
-        outcome = await load(request, base_model_name)
-        if not isinstance(outcome, ErrorResponse):
-            templates.pop(request.lora_name, None)
-            if template is not None:
-                templates[request.lora_name] = template
-        return outcome
-
-    async def unload_lora_adapter(request: UnloadLoRAAdapterRequest) -> ErrorResponse | str:
-        outcome = await unload(request)
-        if not isinstance(outcome, ErrorResponse):
-            templates.pop(request.lora_name, None)
-        return outcome
-
-    models.load_lora_adapter = load_lora_adapter
-    models.unload_lora_adapter = unload_lora_adapter
 
 
 def render_with_own_template(renderer: OnlineRenderer, templates: dict[str, str]) -> None:

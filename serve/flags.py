@@ -1,9 +1,13 @@
-"""Types of command-line flags, for argparse."""
+"""Flags that several commands share, and the types of their values."""
 
 from __future__ import annotations
 
 import argparse
 from collections.abc import Callable
+
+from vllm_lora_ext.base_model import BaseModel
+from vllm_lora_ext.inspection import Rules
+from vllm_lora_ext.spec import EngineLimits
 
 
 def at_least(least: int) -> Callable[[str], int]:
@@ -15,3 +19,28 @@ def at_least(least: int) -> Callable[[str], int]:
         return int(text)
 
     return whole_number
+
+
+def add_rules_flags(parser: argparse.ArgumentParser) -> None:
+    """What adapters are judged by."""
+    parser.add_argument(
+        "--base-model", metavar="DIR_OR_HUB_ID", help="default: the one that the adapters name"
+    )
+    add_allow_flag(parser)
+
+
+def add_allow_flag(parser: argparse._ActionsContainer) -> None:
+    """`--allow CODE`, as often as needed."""
+    parser.add_argument(
+        "--allow",
+        action="append",
+        default=[],
+        metavar="CODE",
+        help="do not refuse for this finding, unless it is about security; may be given several times",
+    )
+
+
+def read_rules(args: argparse.Namespace, base: BaseModel | None, limits: EngineLimits | None = None) -> Rules:
+    """The rules that the flags state."""
+    names = (base.public_name,) if base else ()
+    return Rules(base, names, limits or EngineLimits(), frozenset(args.allow))

@@ -1,98 +1,76 @@
-"""The fleet: every adapter that was asked for, found, read and judged."""
+"""The fleet: every adapter that was asked for or published, found, judged, and shown."""
 
 from __future__ import annotations
 
-import dataclasses
-from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass, field
+import hashlib
+import os
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from rich.table import Table
 
-from vllm_lora_ext.admission import judge_name
-from vllm_lora_ext.base_model import BaseModel
-from vllm_lora_ext.contract import ChatSettings
+from vllm_lora_ext.admission import judge_rank, refused
+from vllm_lora_ext.catalog import Catalog
 from vllm_lora_ext.errors import BadSetting
-from vllm_lora_ext.inspection import Inspection, inspect_adapter
-from vllm_lora_ext.peft_format import adapter_folders, read_adapter
-from vllm_lora_ext.spec import EngineLimits, Finding, Severity, folder_name
+from vllm_lora_ext.inbox import Item
+from vllm_lora_ext.inspection import Inspection, Rules
+from vllm_lora_ext.peft_format import named_base_model
+from vllm_lora_ext.publishing import judge_published
+from vllm_lora_ext.records import Entry
+from vllm_lora_ext.sources import AdapterSource
+from vllm_lora_ext.spec import Finding
 
 
 @dataclass(frozen=True)
-class AdapterSource:
-    """Where an adapter comes from.
-
-    `path` may be a hub id when it was stated with `--lora-modules`; `options`
-    are what else was stated there, by the names of vLLM's `LoRAModulePath`.
-    """
+class FleetRow:
+    """One adapter as people see it: `rank` and `size_bytes` are None when it could not be read."""
 
     name: str
-    path: str
-    options: Mapping[str, Any] = field(default_factory=dict)
+    version: str | None
+    rank: int | None
+    size_bytes: int | None
+    template: str
+    state: str
+    findings: tuple[Finding, ...]
 
     @property
-    def folder(self) -> Path | None:
-        """The adapter's folder; None for a hub id, which is left to vLLM."""
-        path = _expanded(self.path)
-        return path if path.exists() or self.path.startswith((".", "/", "~")) else None
+    def is_refused(self) -> bool:
+        """Whether it is not served."""
+        return self.state == "refused"
 
 
-def find_sources(values: Sequence[str]) -> list[AdapterSource]:
-    """The adapters behind values of `--adapters`: a folder of adapters, an adapter, or name=path.
+def default_state_dir(places: Sequence[str]) -> Path:
+    """Where the state of these folders is kept unless somebody says otherwise.
 
-    Raises:
-        BadSetting: a folder is absent.
+    `$XDG_STATE_HOME/vllm-lora/` and 12 digits of the digest of the folder's real path.
     """
-    sources = []
-    for value in values:
-        whole = _expanded(value)
-        name, separator, path = value.partition("=")
-        if separator and not whole.exists():
-            sources.append(AdapterSource(name, str(_existing(_expanded(path)))))
-        else:
-            folders = adapter_folders(_existing(whole))
-            sources += [AdapterSource(folder_name(folder), str(folder)) for folder in folders]
-    return sources
+    home = Path(os.environ.get("XDG_STATE_HOME") or Path.home() / ".local" / "state")
+    real = sorted(place if "://" in place else os.path.realpath(Path(place).expanduser()) for place in places)
+    return home / "vllm-lora" / hashlib.sha256("\n".join(real).encode()).hexdigest()[:12]
 
 
-def _expanded(path: str) -> Path:
-    try:
-        return Path(path).expanduser()
-    except RuntimeError:  # there is no such user
-        return Path(path)
-
-
-def _existing(path: Path) -> Path:
-    if not path.is_dir():
-        raise BadSetting(
-            str(path),
-            "no such folder of adapters",
-            "Check the path, or make the folder: an empty one is fine with --base-model.",
-        )
-    return path
-
-
-def agreed_base_model(sources: Sequence[AdapterSource]) -> str:
-    """The base model that all readable adapters name in their own config.
+def agreed_base_model(sources: Sequence[AdapterSource], remembered: str | None = None) -> str:
+    """The base model that all readable adapters name in their own config; `remembered` if none does.
 
     Raises:
         BadSetting: they name none, or several.
     """
     named: dict[str, list[str]] = {}
     for source in sources:
-        spec = read_adapter(source.folder, source.name).spec if source.folder else None
-        if spec and spec.base_model:
-            base = spec.base_model
+        base = named_base_model(source.folder) if source.folder else None
+        if base:
             base = str(Path(base).resolve()) if Path(base).is_dir() else base
             named.setdefault(base, []).append(source.name)
     if len(named) == 1:
         return next(iter(named))
+    if not named and remembered:
+        return remembered
     if not named:
         raise BadSetting(
             "the base model", "is named by no adapter", "Give it with --base-model DIR_OR_HUB_ID."
         )
-    listed = "; ".join(f"{base} ({', '.join(names)})" for base, names in named.items())
+    listed = "; ".join(f"{base} ({', '.join(names[:10])})" for base, names in named.items())
     raise BadSetting(
         "the base model",
         f"differs between the adapters: {listed}",
@@ -100,48 +78,65 @@ def agreed_base_model(sources: Sequence[AdapterSource]) -> str:
     )
 
 
-def inspect_fleet(
-    sources: Sequence[AdapterSource],
-    base_of: Callable[[AdapterSource], BaseModel | None],
-    limits: EngineLimits,
-    base_names: Collection[str] = (),
-) -> list[Inspection]:
-    """Judge every source; of two with one name the second is refused, a hub id stays unproven."""
-    inspections: list[Inspection] = []
-    seen: set[str] = set()
-    for source in sources:
-        inspection = _inspect(source, base_of, limits, base_names)
-        if source.name in seen:
-            rule = "another adapter has this name"
-            fix = "Rename one of the two folders, or give name=path."
-            finding = Finding("adapter_exists", source.name, rule, fix)
-            inspection = dataclasses.replace(inspection, findings=(*inspection.findings, finding))
-        seen.add(source.name)
-        inspections.append(inspection)
-    return inspections
+def fleet_rows(items: Sequence[Item], catalog: Catalog, rules: Rules) -> list[FleetRow]:
+    """What was looked at and what was published before; of a name that is both, what was looked at."""
+    rows = {}
+    for entry in catalog.entries():
+        rows[entry.name, False] = entry_row(
+            entry, judge_published(entry.name, entry.live_version, catalog, rules)
+        )
+    for item in items:
+        row = _item_row(item, rules)
+        if row is None:
+            continue
+        if not row.is_refused:
+            rows.pop((row.name, False), None)
+        rows[row.name, row.is_refused] = row
+    return [rows[key] for key in sorted(rows)]
 
 
-def _inspect(
-    source: AdapterSource,
-    base_of: Callable[[AdapterSource], BaseModel | None],
-    limits: EngineLimits,
-    base_names: Collection[str],
-) -> Inspection:
-    if source.folder:
-        return inspect_adapter(source.folder, base_of(source), source.name, limits, base_names)
-    rule = "is no folder here, so it was not checked"
-    fix = "vLLM takes it for a hub id and loads it."
-    finding = Finding("adapter_remote", source.path, rule, fix, Severity.UNPROVEN)
-    findings = (*judge_name(source.name, base_names), finding)
-    return Inspection(source.name, Path(source.path), None, ChatSettings(), findings)
+def _item_row(item: Item, rules: Rules) -> FleetRow | None:
+    if item.inspection is not None:
+        return inspection_row(item.inspection, rules)
+    if item.record is not None and item.record.findings:
+        return FleetRow(item.source.name, None, None, None, "-", "refused", item.record.findings)
+    if item.record is None:
+        return FleetRow(item.source.name, None, None, None, "-", "fetched next", ())
+    return None  # nothing new: the catalog knows it
 
 
-def fleet_table(inspections: Sequence[Inspection], title: str | None = None) -> Table:
-    """Adapter, rank, size, template, state, and the reason if refused or unproven."""
-    table = Table("adapter", "rank", "size", "template", "state", "reason", title=title)
-    for item in inspections:
-        rank = str(item.spec.max_rank) if item.spec else "-"
-        size = f"{item.spec.size_bytes / 1e6:.1f} MB" if item.spec else "-"
-        reason = "\n".join(str(finding) for finding in item.findings)
-        table.add_row(item.name, rank, size, item.chat.state, item.state, reason)
+def inspection_row(inspection: Inspection, rules: Rules | None = None) -> FleetRow:
+    """A folder that was looked at."""
+    spec, findings, state = inspection.spec, list(inspection.findings), inspection.state
+    if spec is not None and rules is not None:
+        known = {finding.code for finding in findings}
+        findings += [f for f in judge_rank(spec.name, spec.max_rank, rules.limits) if f.code not in known]
+        state = "refused" if refused(findings) else state
+    rank, size = (spec.max_rank, spec.size_bytes) if spec else (None, None)
+    return FleetRow(inspection.name, None, rank, size, inspection.chat.state, state, tuple(findings))
+
+
+def entry_row(entry: Entry, findings: Sequence[Finding] = ()) -> FleetRow:
+    """A published name by its live version; `findings` are what speaks against it now."""
+    version = entry.live_version
+    state = "refused" if refused(findings) else version.state
+    told = tuple(findings) or version.findings
+    return FleetRow(
+        entry.name, version.short, version.rank, version.size_bytes, version.template, state, told
+    )
+
+
+def fleet_table(rows: Sequence[FleetRow], title: str | None = None) -> Table:
+    """Adapter, version, rank, size, template, state, and the reason if there is one to tell."""
+    table = Table("adapter", "version", "rank", "size", "template", "state", "reason", title=title)
+    for row in rows:
+        rank = "-" if row.rank is None else str(row.rank)
+        size = "-" if row.size_bytes is None else f"{row.size_bytes / 1e6:.1f} MB"
+        reason = "\n".join(str(finding) for finding in row.findings)
+        table.add_row(row.name, row.version or "-", rank, size, row.template, row.state, reason)
     return table
+
+
+def served_ranks(rows: Sequence[FleetRow]) -> Iterator[int | None]:
+    """The rank of each adapter that will be served; None while it is not known."""
+    return (row.rank for row in rows if not row.is_refused)

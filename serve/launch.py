@@ -8,26 +8,25 @@ import errno
 import importlib.util
 import os
 import socket
-from collections.abc import Sequence
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from importlib.metadata import entry_points
 from pathlib import Path
 from typing import Any
 
 from serve.config import INFERRED, OwnFlags, ServeConfig, add_own_flags, read_config, read_own_flags
-from serve.fleet import (
-    AdapterSource,
-    agreed_base_model,
-    find_sources,
-    fleet_table,
-    inspect_fleet,
-)
+from serve.fleet import agreed_base_model, default_state_dir, fleet_rows, fleet_table, served_ranks
 from serve.plan import flag_of, infer_adapters, infer_compilation, infer_kv_cache, infer_server, plain_command
 from serve.ready_watch import ReadyWatch
 from serve.screen import screen
 from vllm_lora_ext.base_model import BaseModel, read_base_model
+from vllm_lora_ext.catalog import Catalog
 from vllm_lora_ext.engine import compat, native
 from vllm_lora_ext.errors import AdapterRefused, BadSetting, MissingPackage, PortInUse, ServerFailed
-from vllm_lora_ext.inspection import Inspection
+from vllm_lora_ext.inbox import Inbox, Item
+from vllm_lora_ext.inspection import Rules
+from vllm_lora_ext.sources import AdapterSource, find_sources
 from vllm_lora_ext.spec import EngineLimits
 
 PLUGIN_NAME = "vllm_lora"
@@ -54,8 +53,11 @@ def main(argv: Sequence[str]) -> int:
         os.environ[compat.SKIP_VARIABLE] = "1"
     args, defaults = parse_with_vllm(argv)
     config = read_config(args, _UNSTATED)
-    apply_plan(config, args, defaults, own)
-    return run_server(args)
+    with ExitStack() as held:
+        inbox = apply_plan(config, args, defaults, own, held)
+        if inbox is not None:
+            held.enter_context(taking(*inbox))
+        return run_server(args)
 
 
 def require_vllm() -> None:
@@ -86,6 +88,8 @@ def prepare_environment() -> None:
     # vLLM starts helpers with `python -m`, which would look for modules in the
     # working folder first, and find a user's serve.py there.
     os.environ.setdefault("PYTHONSAFEPATH", "1")
+    # A process that is forked while a thread of ours works could inherit a lock that nobody opens again.
+    os.environ.setdefault("VLLM_WORKER_MULTIPROCESSING_METHOD", "spawn")
 
 
 def usable_cores() -> int:
@@ -134,25 +138,29 @@ def parse_with_vllm(argv: Sequence[str]) -> tuple[argparse.Namespace, dict[str, 
 
 
 def apply_plan(
-    config: ServeConfig, args: argparse.Namespace, defaults: dict[str, Any], own: OwnFlags
-) -> None:
+    config: ServeConfig, args: argparse.Namespace, defaults: dict[str, Any], own: OwnFlags, held: ExitStack
+) -> tuple[Inbox, list[Item]] | None:
     """Judge the fleet, infer what is not stated, and write both into vLLM's arguments.
 
+    Returns what is still to be taken into the catalog, which `held` keeps open; None without adapters.
+
     Raises:
-        BadSetting, BadBaseModel, PortInUse: before anything has started.
+        BadSetting, BadBaseModel, PortInUse, StateLocked: before anything has started.
         AdapterRefused: with --strict, when any adapter is refused.
     """
     out = screen()
     if config.wants_adapters and config.stated.get("enable_lora") is False:
         raise BadSetting("--no-enable-lora", "adapters were given as well", "Remove one of the two.")
     sources = [*find_sources(config.adapters), *config.modules]
-    base = read_base_model(config.base_model or agreed_base_model(sources))
+    catalog = held.enter_context(open_catalog(config)) if config.wants_adapters else None
+    remembered = catalog.base().get("name") if catalog else None
+    base = read_base_model(config.base_model or agreed_base_model(sources, remembered))
     check_port(str(args.host if "host" in config.stated else ""), args.port, bool(args.uds))
-    admitted = admit_fleet(sources, base, config)
     inferred = infer_server(base.public_name, config.stated)
-    if config.wants_adapters:
-        specs = [item.spec for item in admitted if item.spec]
-        inferred += infer_adapters(specs, len(admitted) - len(specs), config.stated)
+    inbox = None
+    if catalog is not None:
+        inbox, items, ranks = admit_fleet(sources, base, config, catalog)
+        inferred += infer_adapters(ranks, config.stated)
     if (free := free_memory_of_cpu_platform()) is not None:
         inferred += infer_kv_cache(free, config.stated)
         inferred += infer_compilation(weights_size(base.name), native.compiler() is not None, config.stated)
@@ -162,38 +170,69 @@ def apply_plan(
     for name, default in defaults.items():
         if getattr(args, name) is _UNSTATED:
             setattr(args, name, values.get(name, default))
-    by_name = {source.name: source for source in reversed(sources)}
-    modules = [resolved(by_name[item.name]) for item in admitted]
-    hand_over(args, base.name, modules)
-    pairs = [(module.name, module.path) for module in modules]
-    words = vllm_words(own.passed_on, config.base_model)
-    out.print("as plain vLLM:", plain_command(base.name, inferred, pairs, words))
+    args.model = args.model_tag = base.name
+    args.lora_modules = None  # they are served from the catalog
+    args.state_dir = None if catalog is None else str(catalog.state_dir)
+    pairs = [(source.name, source.path) for source in sources]
+    out.print(
+        "as plain vLLM:",
+        plain_command(base.name, inferred, pairs, vllm_words(own.passed_on, config.base_model)),
+    )
+    return None if inbox is None else (inbox, items)
 
 
-def admit_fleet(sources: Sequence[AdapterSource], base: BaseModel, config: ServeConfig) -> list[Inspection]:
-    """Show the table of all adapters, and give back those that may be loaded.
+def open_catalog(config: ServeConfig) -> Catalog:
+    """The catalog of the folders that are served, locked against a second server; says where it is."""
+    places = [value if Path(value).exists() else value.partition("=")[2] for value in config.adapters]
+    places += [source.path for source in config.modules]
+    state_dir = (config.state_dir or default_state_dir(places)).absolute()
+    catalog = Catalog(state_dir, keep_versions=config.keep_versions)
+    screen().print(f"--state-dir {state_dir}: checked versions of the adapters, and the state")
+    return catalog
+
+
+def admit_fleet(
+    sources: Sequence[AdapterSource], base: BaseModel, config: ServeConfig, catalog: Catalog
+) -> tuple[Inbox, list[Item], list[int | None]]:
+    """Look at every adapter, show the table, and take what replaces something that is served.
+
+    Gives what is new, to be taken beside the engine's start, and the ranks of all that will be served.
 
     Raises:
         AdapterRefused: with --strict, when any adapter is refused.
     """
-    limits = EngineLimits(int(config.stated.get("max_lora_rank", EngineLimits().max_lora_rank)))
     base_names = config.base_names or (base.public_name,)
-    inspections = inspect_fleet(sources, lambda source: base, limits, base_names)
-    if inspections:
-        screen().print(fleet_table(inspections))
+    rules = Rules(base, base_names, allow=config.allow)
+    limits = EngineLimits(int(config.stated.get("max_lora_rank", EngineLimits().max_lora_rank)))
+    inbox = Inbox(catalog, rules)
+    items = inbox.scan(sources)
+    catalog.note_base(base.name, base.fingerprint)
+    served = set(catalog.names())
+    # A name is served in one version from the start, so what changes one is taken now.
+    now = [item for item in items if config.strict or item.source.name in served]
+    inbox.take_all(now)
+    items = inbox.scan(sources) if any(item.is_pending for item in now) else items
+    rows = fleet_rows(items, catalog, dataclasses.replace(rules, limits=limits))
+    if rows:
+        screen().print(fleet_table(rows))
     elif config.adapters:
         screen().print(f"warning: no adapter in {', '.join(config.adapters)}; only the base is served")
-    for item in inspections:
-        if config.strict and not item.admitted:
-            raise AdapterRefused(item.name, item.findings)
-    return [item for item in inspections if item.admitted]
+    for row in rows:
+        if config.strict and row.is_refused:
+            raise AdapterRefused(row.name, row.findings)
+    return inbox, items, list(served_ranks(rows))
 
 
-def resolved(source: AdapterSource) -> AdapterSource:
-    """The source with the full path of its folder: vLLM's processes work elsewhere."""
-    if source.folder is None:
-        return source
-    return dataclasses.replace(source, path=str(source.folder.absolute()))
+@contextmanager
+def taking(inbox: Inbox, items: Sequence[Item]) -> Iterator[None]:
+    """Take new adapters into the catalog beside the server, which loads them as they come."""
+    thread = threading.Thread(target=inbox.take_all, args=(items,), name="adapter-inbox", daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        inbox.stop()
+        thread.join()
 
 
 def free_memory_of_cpu_platform() -> int | None:
@@ -211,16 +250,6 @@ def weights_size(base_model: str) -> int | None:
     """Bytes of the base's safetensors files; None for a base that is no local folder."""
     sizes = [file.stat().st_size for file in Path(base_model).glob("*.safetensors")]
     return sum(sizes) or None
-
-
-def hand_over(args: argparse.Namespace, base_model: str, modules: Sequence[AdapterSource]) -> None:
-    """Put base and adapters where vLLM expects them."""
-    from vllm.entrypoints.openai.models.protocol import LoRAModulePath
-
-    args.model = args.model_tag = base_model
-    args.lora_modules = [
-        LoRAModulePath(module.name, module.path, **module.options) for module in modules
-    ] or None
 
 
 def check_port(host: str, port: int, by_file: bool) -> None:

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from vllm_lora_ext.spec import AdapterSpec, allowed_rank
+from vllm_lora_ext.spec import allowed_rank
 
 MIN_MAX_LORA_RANK = 32
 MAX_SLOTS = 8
@@ -59,16 +59,13 @@ def infer_compilation(
     return _unstated([Inferred("enforce_eager", True, reason)], stated)
 
 
-def infer_adapters(
-    specs: Sequence[AdapterSpec], num_remote: int, stated: Mapping[str, Any]
-) -> list[Inferred]:
+def infer_adapters(ranks: Sequence[int | None], stated: Mapping[str, Any]) -> list[Inferred]:
     """Room for the adapters; what the user states always wins.
 
-    `specs` are the admitted adapters; `num_remote` counts those that vLLM will
-    fetch itself, of unknown rank.
+    `ranks` are those of the admitted adapters, None where it is not known yet.
     """
-    count = len(specs) + num_remote
-    largest = max([spec.max_rank for spec in specs], default=0)
+    count = len(ranks)
+    largest = max([rank for rank in ranks if rank is not None], default=0)
     slots = stated.get("max_loras") or max(1, min(count, MAX_SLOTS))
     rank = allowed_rank(max(largest, MIN_MAX_LORA_RANK))
     values = [

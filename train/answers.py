@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from train.model import attach_adapter, load_base, load_tokenizer, training_dtype
 from vllm_lora_ext.base_model import read_base_model
 from vllm_lora_ext.errors import BadInput, BadSetting
-from vllm_lora_ext.inspection import inspect_adapter, require_admitted
+from vllm_lora_ext.inspection import Rules, inspect_adapter, require_admitted
 from vllm_lora_ext.peft_format import CONFIG_FILE
 
 if TYPE_CHECKING:
@@ -51,7 +51,7 @@ class LocalChat:
 
     def __init__(self, adapter_dir: Path, base_model: str | None = None) -> None:
         base_name = base_model_of(adapter_dir, base_model)
-        inspection = inspect_adapter(adapter_dir, read_base_model(base_name))
+        inspection = inspect_adapter(adapter_dir, Rules(read_base_model(base_name)))
         require_admitted(inspection)
         self.tokenizer: PreTrainedTokenizerBase = load_tokenizer(base_name)
         base: PreTrainedModel = load_base(base_name, training_dtype("auto"))

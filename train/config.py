@@ -13,8 +13,8 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
-from vllm_lora_ext.admission import judge_name
 from vllm_lora_ext.errors import BadSetting
+from vllm_lora_ext.names import judge_name
 from vllm_lora_ext.spec import ALLOWED_MAX_LORA_RANKS
 
 ALL_PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")

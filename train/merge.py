@@ -11,7 +11,7 @@ from train.answers import base_model_of
 from train.export import check_output, finished_folder
 from vllm_lora_ext.base_model import read_base_model
 from vllm_lora_ext.errors import BadInput, OutputExists
-from vllm_lora_ext.inspection import inspect_adapter, require_admitted
+from vllm_lora_ext.inspection import Rules, inspect_adapter, require_admitted
 
 
 def merge(adapter_dir: Path, base_model: str | None, output_dir: Path) -> None:
@@ -28,7 +28,7 @@ def merge(adapter_dir: Path, base_model: str | None, output_dir: Path) -> None:
         raise OutputExists(str(output_dir), "is there already", "Choose another --output-dir.")
     check_output(output_dir, overwrite=False)
     base_name = base_model_of(adapter_dir, base_model)
-    inspection = inspect_adapter(adapter_dir, read_base_model(base_name))
+    inspection = inspect_adapter(adapter_dir, Rules(read_base_model(base_name)))
     require_admitted(inspection)
 
     import torch

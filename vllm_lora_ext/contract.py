@@ -1,24 +1,42 @@
 """The behaviour contract of an adapter, "chat settings" to users: how it wants to be asked.
 
-An adapter folder carries `chat_template.jinja`, the file that transformers and
-vLLM already use, and `identity.json`, which says whether that template is the
-one the adapter was trained with, and where the adapter comes from.
+An adapter folder carries files that the ecosystem already uses, `chat_template.jinja` and
+`generation_config.json`, and `identity.json`, which says whether that template is the one the
+adapter was trained with, how it wants to be asked, and where it comes from.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from vllm_lora_ext.errors import BadInput
+from vllm_lora_ext.files import read_whole
+from vllm_lora_ext.strict_json import JsonRefused, parse_object
 
 TEMPLATE_FILE = "chat_template.jinja"
 IDENTITY_FILE = "identity.json"
+GENERATION_FILE = "generation_config.json"
+TOKENIZER_FILE = "tokenizer_config.json"
+CHAT_FILES = (TEMPLATE_FILE, IDENTITY_FILE, GENERATION_FILE, TOKENIZER_FILE)
 IDENTITY_FORMAT = 1
+_MAX_BYTES = {TEMPLATE_FILE: 1 << 20, IDENTITY_FILE: 16 << 20, GENERATION_FILE: 1 << 20}
+_MAX_TOKENIZER_BYTES = 64 << 20
+_MAX_STOPS, _MAX_SYSTEM_PROMPT = 16, 64 << 10
+# Sampling settings of `generation_config.json` that mean the same to vLLM, with the values they may have.
+_SAMPLING: dict[str, tuple[float, float]] = {
+    "temperature": (0.0, 100.0),
+    "top_p": (0.0, 1.0),
+    "top_k": (-1, 1 << 31),
+    "min_p": (0.0, 1.0),
+    "repetition_penalty": (0.0, 100.0),
+    "max_new_tokens": (1, 1 << 31),
+}
 
 
 @dataclass(frozen=True)
@@ -27,10 +45,14 @@ class ChatSettings:
 
     `trained` is True only when `identity.json` vouches for exactly this template;
     a template that merely lies in the folder is used, and shown as unproven.
+    `sampling` are the defaults of requests, by the names of `generation_config.json`.
     """
 
     template: str | None = None
     trained: bool = False
+    system_prompt: str | None = None
+    stop: tuple[str, ...] = ()
+    sampling: Mapping[str, float] = field(default_factory=dict)
 
     @property
     def state(self) -> str:
@@ -39,14 +61,28 @@ class ChatSettings:
             return "base"
         return "trained" if self.trained else "unproven"
 
+    def canonical(self) -> dict[str, Any]:
+        """What decides how the adapter is asked, in one form only. Who vouches for it is not part of it."""
+        template = None if self.template is None else _digest(self.template)
+        return {
+            "template_sha256": template,
+            "system_prompt": self.system_prompt,
+            "stop": list(self.stop),
+            "sampling": dict(sorted(self.sampling.items())),
+        }
+
 
 @dataclass(frozen=True)
 class Identity:
-    """What `identity.json` says: the adapter's name, its trained template, and its provenance."""
+    """What `identity.json` says: the adapter's name, its trained template, and its provenance.
+
+    `files` are SHA-256 digests of files beside it, which admission compares.
+    """
 
     name: str
     template: str
     provenance: Mapping[str, Any] = field(default_factory=dict)
+    files: Mapping[str, str] = field(default_factory=dict)
 
     def to_json(self) -> str:
         body = {
@@ -57,6 +93,7 @@ class Identity:
                 "trained": True,
                 "sha256": _digest(self.template),
             },
+            "files": dict(self.files),
             "provenance": dict(self.provenance),
         }
         return json.dumps(body, indent=2, ensure_ascii=False) + "\n"
@@ -71,7 +108,7 @@ def write_contract(folder: Path, identity: Identity) -> None:
 def is_ours(folder: Path) -> bool:
     """Whether `folder` was written by our trainer, and so may be replaced when that is asked for."""
     try:
-        body = _read_object(folder / IDENTITY_FILE)
+        body = _read_object(folder / IDENTITY_FILE, True)
     except BadInput:
         return False
     template = body.get("chat_template")
@@ -88,52 +125,141 @@ def template_to_use(chat: ChatSettings, stated: str | None) -> str | None:
     return None if stated and not chat.trained else chat.template
 
 
-def read_chat_settings(folder: Path) -> ChatSettings:
+def read_chat_settings(folder: Path, follow_links: bool = True) -> ChatSettings:
     """The chat settings of any PEFT folder.
 
     The template is `chat_template.jinja`, else the one inside a saved
     tokenizer's `tokenizer_config.json` (older trainers), else none.
 
     Raises:
-        BadInput: a file is there and cannot be read.
+        BadInput: a file is there and cannot be read, or says what cannot be.
     """
-    path = folder / TEMPLATE_FILE
-    if path.exists():
-        template = _read_text(path)
-        vouched = _read_object(folder / IDENTITY_FILE).get("chat_template")
-        trained = (
-            isinstance(vouched, dict)
-            and vouched.get("trained") is True
-            and vouched.get("sha256") == _digest(template)
-        )
-        return ChatSettings(template, trained)
-    legacy = _read_object(folder / "tokenizer_config.json").get("chat_template")
-    return ChatSettings(legacy if isinstance(legacy, str) and legacy else None)
+    template = _read_text(folder / TEMPLATE_FILE, follow_links)
+    identity = _read_object(folder / IDENTITY_FILE, follow_links)
+    trained = False
+    if template is None:
+        template = _tokenizers_template(folder / TOKENIZER_FILE, follow_links)
+    else:
+        vouched = identity.get("chat_template")
+        if isinstance(vouched, dict) and vouched.get("trained") is True:
+            trained = vouched.get("sha256") == _digest(template)
+    system_prompt, stop = _system_prompt(identity), _stops(identity)
+    for text in (template, system_prompt, *stop):
+        _check_text(text)
+    sampling = _sampling(_read_object(folder / GENERATION_FILE, follow_links))
+    return ChatSettings(template, trained, system_prompt, stop, sampling)
 
 
-def _read_text(path: Path) -> str:
-    """The file's text, byte for byte: no line ending is changed, since a template's digest counts."""
-    if not path.is_file():  # a pipe would never end
-        raise BadInput(str(path), "is no regular file", "Remove it.")
+def read_provenance(folder: Path, follow_links: bool = True) -> dict[str, Any]:
+    """What `identity.json` tells of where the adapter comes from; empty if there is none.
+
+    Raises:
+        BadInput: it cannot be read.
+    """
+    provenance = _read_object(folder / IDENTITY_FILE, follow_links).get("provenance")
+    return provenance if isinstance(provenance, dict) else {}
+
+
+def stated_digests(folder: Path, follow_links: bool = True) -> dict[str, str]:
+    """The SHA-256 digests of files that `identity.json` states, by file name.
+
+    Raises:
+        BadInput: it cannot be read.
+    """
+    files = _read_object(folder / IDENTITY_FILE, follow_links).get("files")
+    if not isinstance(files, dict):
+        return {}
+    return {name: digest for name, digest in files.items() if isinstance(digest, str)}
+
+
+def _check_text(text: str | None) -> None:
+    """JSON can hold half a character (a lone surrogate), which no file and no socket takes."""
     try:
-        return path.read_bytes().decode("utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        fix = "Repair the file, or remove it."
-        raise BadInput(str(path), f"cannot be read ({error})", fix) from error
+        (text or "").encode()
+    except UnicodeEncodeError as error:
+        raise BadInput(
+            "chat settings", f"hold a text that is no Unicode ({error.reason})", "Change it."
+        ) from error
+
+
+def _system_prompt(identity: Mapping[str, Any]) -> str | None:
+    prompt = identity.get("system_prompt")
+    if prompt is None:
+        return None
+    if not isinstance(prompt, str) or len(prompt) > _MAX_SYSTEM_PROMPT:
+        rule = f"system_prompt must be a text of at most {_MAX_SYSTEM_PROMPT} characters"
+        raise BadInput(IDENTITY_FILE, rule, "Change it.")
+    return prompt or None
+
+
+def _stops(identity: Mapping[str, Any]) -> tuple[str, ...]:
+    stops = identity.get("stop") or []
+    fits = isinstance(stops, list) and len(stops) <= _MAX_STOPS
+    if not fits or not all(isinstance(stop, str) and 0 < len(stop) <= 1000 for stop in stops):
+        rule = f"stop must be a list of at most {_MAX_STOPS} texts"
+        raise BadInput(IDENTITY_FILE, rule, "Change it.")
+    return tuple(stops)
+
+
+def _sampling(generation: Mapping[str, Any]) -> dict[str, float]:
+    sampling = {}
+    for name, (least, most) in _SAMPLING.items():
+        value = generation.get(name)
+        if value is None:
+            continue
+        if type(value) not in (int, float) or not math.isfinite(value) or not least <= value <= most:
+            rule = f"{name} must be a number from {least} to {most}, is {str(value)[:40]!r}"
+            raise BadInput(GENERATION_FILE, rule, "Change it, or remove it.")
+        sampling[name] = value
+    return sampling
+
+
+def _tokenizers_template(path: Path, follow_links: bool) -> str | None:
+    """The template inside a saved tokenizer: a text, or a list of named ones."""
+    template = _read_object(path, follow_links).get("chat_template")
+    if isinstance(template, list):
+        named = [item for item in template if isinstance(item, dict) and item.get("name") == "default"]
+        template = named[0].get("template") if named else None
+    return template if isinstance(template, str) and template else None
+
+
+def _read(path: Path, follow_links: bool) -> bytes | None:
+    """A file's content, byte for byte; None if there is none."""
+    try:
+        return read_whole(path, _MAX_BYTES.get(path.name, _MAX_TOKENIZER_BYTES), follow_links)
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError) as error:
+        reason = error.strerror if isinstance(error, OSError) else error
+        raise BadInput(path.name, f"cannot be read ({reason})", "Repair the file, or remove it.") from error
+
+
+def _read_text(path: Path, follow_links: bool) -> str | None:
+    """The file's text; no line ending is changed, since a template's digest counts."""
+    data = _read(path, follow_links)
+    try:
+        return None if data is None else data.decode("utf-8")
+    except UnicodeDecodeError as error:
+        fix = "Save it as UTF-8, or remove it."
+        raise BadInput(path.name, f"is not UTF-8 (byte {error.start})", fix) from error
 
 
 def _digest(template: str) -> str:
     return hashlib.sha256(template.encode()).hexdigest()
 
 
-def _read_object(path: Path) -> dict[str, Any]:
-    """A JSON object from a file; empty if there is no file."""
-    if not path.is_file():
+def _read_object(path: Path, follow_links: bool) -> dict[str, Any]:
+    """A JSON object from a file; empty if there is no file. Others' files may hold more than the standard."""
+    data = _read(path, follow_links)
+    if data is None:
         return {}
     try:
-        body = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise BadInput(
-            str(path), f"cannot be read as JSON ({error})", "Repair the file, or remove it."
-        ) from error
+        if path.name == IDENTITY_FILE:
+            return parse_object(data)
+        body = json.loads(data)
+    except JsonRefused as error:
+        raise BadInput(path.name, error.rule, "Repair the file, or remove it.") from error
+    except (ValueError, RecursionError) as error:
+        rule = f"cannot be read as JSON ({error})"
+        raise BadInput(path.name, rule, "Repair the file, or remove it.") from error
     return body if isinstance(body, dict) else {}

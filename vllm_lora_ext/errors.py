@@ -5,11 +5,18 @@
     ├── ServerFailed             the server answered with an error, or ended
     │   └── IsolationBroken      the engine mixes adapters up, and must not serve
     ├── TrainingFailed           training ended without a usable adapter
+    ├── StoreFailed              the store or the state file could not be written
+    ├── VersionDamaged           a stored version is not as it was written
     └── BadInput                 exit code 2: something the user gave is wrong (also a ValueError)
         ├── BadSetting           a flag or a configuration value
         ├── BadData              training rows
         ├── BadBaseModel         a base model that is none, or cannot be read
         ├── AdapterRefused       an adapter that must not be used; carries its findings
+        │   └── AdapterExists    another adapter has that name
+        ├── AdapterUnknown       no adapter of that name, or no such version of it
+        ├── VersionMissing       the store holds no version of that digest
+        ├── StateLocked          another process works with the same state folder
+        ├── StateUnreadable      the state file is damaged, or written by a later vllm-lora
         ├── OutputExists         the place to write to holds something else
         ├── PortInUse            another program listens there
         └── MissingPackage       an optional package is not installed
@@ -19,6 +26,7 @@ A message names the item, the rule that it breaks and the fix, in that order.
 
 from __future__ import annotations
 
+import errno
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
@@ -54,6 +62,22 @@ class IsolationBroken(ServerFailed):
 
 class TrainingFailed(VllmLoraError):
     """Training ended without a usable adapter, for example with a loss that is no number."""
+
+
+class StoreFailed(VllmLoraError):
+    """The store or the state file could not be written; both are as they were."""
+
+    def __init__(self, place: str, error: OSError) -> None:
+        full = error.errno in (errno.ENOSPC, errno.EDQUOT)
+        rule = "the disk is full" if full else f"cannot be written ({error.strerror})"
+        super().__init__(place, rule, "Free some space, or choose another --state-dir.")
+
+
+class VersionDamaged(VllmLoraError):
+    """A stored version is not as it was written, and is not served."""
+
+    def __init__(self, version: str, rule: str) -> None:
+        super().__init__(f"version {version}", rule, "Publish the adapter again; check the disk.")
 
 
 class BadInput(VllmLoraError, ValueError):
@@ -96,3 +120,26 @@ class AdapterRefused(BadInput):
             "refused: " + "; ".join(str(finding) for finding in self.findings),
             adapter=adapter,
         )
+
+
+class AdapterExists(AdapterRefused):
+    """Another adapter has that name, and replacing it was not asked for."""
+
+
+class AdapterUnknown(BadInput):
+    """No adapter of that name, or no such version of it."""
+
+
+class VersionMissing(BadInput):
+    """The store holds no version of that digest."""
+
+    def __init__(self, version: str) -> None:
+        super().__init__(f"version {version}", "is not in the store", "`vllm-lora ls` shows what is.")
+
+
+class StateLocked(BadInput):
+    """Another process works with the same state folder."""
+
+
+class StateUnreadable(BadInput):
+    """The state file is damaged, or written by a later vllm-lora; nothing was changed."""

@@ -2,16 +2,46 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
-from dataclasses import dataclass
+import dataclasses
+import functools
+import hashlib
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 
-from vllm_lora_ext.admission import admit, judge_name, refused
-from vllm_lora_ext.base_model import BaseModel
-from vllm_lora_ext.contract import ChatSettings, read_chat_settings
-from vllm_lora_ext.errors import AdapterRefused, BadInput
-from vllm_lora_ext.peft_format import read_adapter
-from vllm_lora_ext.spec import AdapterSpec, EngineLimits, Finding, folder_name
+from vllm_lora_ext.admission import SERVED_DTYPES, allow, is_base_weight, judge, refused
+from vllm_lora_ext.base_model import BaseModel, read_base_model
+from vllm_lora_ext.chat_template import judge_template
+from vllm_lora_ext.contract import ChatSettings, read_chat_settings, read_provenance, stated_digests
+from vllm_lora_ext.errors import AdapterRefused, BadBaseModel, BadInput
+from vllm_lora_ext.files import RegularFile, read_whole
+from vllm_lora_ext.names import judge_name
+from vllm_lora_ext.peft_format import (
+    MAX_CONFIG_BYTES,
+    WEIGHTS_FILE,
+    file_finding,
+    fold,
+    public_name,
+    read_adapter,
+)
+from vllm_lora_ext.spec import AdapterSpec, EngineLimits, Finding, Severity
+from vllm_lora_ext.tensor_file import TensorPlace
+from vllm_lora_ext.values import judge_values, read_values
+
+
+@dataclass(frozen=True)
+class Rules:
+    """What adapters are judged by: the base, its names, the engine's limits, and what is let pass.
+
+    `allow` are codes of findings that do not refuse (where that is safe, see `admission.NOT_ALLOWABLE`);
+    `follow_links` is off for what somebody uploads.
+    """
+
+    base: BaseModel | None = None
+    base_names: tuple[str, ...] = ()
+    limits: EngineLimits = field(default_factory=EngineLimits)
+    allow: frozenset[str] = frozenset()
+    follow_links: bool = True
 
 
 @dataclass(frozen=True)
@@ -23,41 +53,149 @@ class Inspection:
     spec: AdapterSpec | None
     chat: ChatSettings
     findings: tuple[Finding, ...]
+    places: tuple[TensorPlace, ...] = ()
 
     @property
     def admitted(self) -> bool:
-        return not refused(self.findings)
+        return self.spec is not None and not refused(self.findings)
 
     @property
     def state(self) -> str:
         """One word for tables: `admitted`, `unproven` (the engine decides) or `refused`."""
         if not self.admitted:
             return "refused"
-        return "unproven" if self.findings else "admitted"
+        unproven = any(finding.severity is Severity.UNPROVEN for finding in self.findings)
+        return "unproven" if unproven else "admitted"
+
+    def with_findings(self, findings: Collection[Finding], allowed: Collection[str] = ()) -> Inspection:
+        """The same with more to say."""
+        more = allow(list(findings), allowed)
+        return dataclasses.replace(self, findings=(*self.findings, *more))
 
 
-def inspect_adapter(
-    path: Path,
-    base: BaseModel | None,
-    name: str | None = None,
-    limits: EngineLimits | None = None,
-    base_names: Collection[str] = (),
-) -> Inspection:
-    """Read `path` and judge it against `base`; never raises for what the folder holds.
+def inspect_adapter(path: Path, rules: Rules | None = None, name: str | None = None) -> Inspection:
+    """Read config, header and chat settings of `path` and judge them; never raises for what it holds.
 
-    `base_names` are the names that the base is served under, which no adapter may take.
+    Takes milliseconds: the values of the weights are left to `inspect_values`.
     """
-    name = name or folder_name(path)
-    reading = read_adapter(path, name)
-    findings = [*judge_name(name, base_names), *reading.findings]
+    rules = rules or Rules()
+    name = public_name(path) if name is None else name
+    reading = read_adapter(path, name, rules.follow_links)
+    findings = [*judge_name(name, rules.base_names), *reading.findings]
     if reading.spec is not None:
-        findings += admit(reading.spec, base, limits)
+        findings += judge(reading.spec, rules.base, rules.limits)
+        findings += _judge_named_base(reading.spec, rules)
+    chat, of_chat = _read_chat(path, rules)
+    findings = allow(fold(findings + of_chat), rules.allow)
+    return Inspection(name, path, reading.spec, chat, tuple(findings), reading.places)
+
+
+def inspect_values(inspection: Inspection, rules: Rules | None = None) -> Inspection:
+    """The same after one pass over the weights: finite, in range, of some effect, as `identity.json` says."""
+    rules = rules or Rules()
+    if inspection.spec is None or not inspection.places:
+        return inspection
+    weights = inspection.path / WEIGHTS_FILE
     try:
-        chat = read_chat_settings(path)
+        stated = stated_digests(inspection.path, rules.follow_links)
+        with RegularFile(weights, rules.follow_links) as file:
+            peaks = read_values(file, kept_places(inspection))
+            changed = file.has_changed()
+        findings = judge_values(inspection.spec, peaks)
+        findings += judge_digests(inspection.path, stated, rules.follow_links)
+    except BadInput:
+        return inspection  # identity.json is damaged, which has been said
+    except (OSError, ValueError) as error:
+        return inspection.with_findings([file_finding(error, WEIGHTS_FILE)])
+    if changed:
+        findings.append(file_finding(ValueError(), WEIGHTS_FILE))
+    return inspection.with_findings(fold(findings), rules.allow)
+
+
+def kept_places(inspection: Inspection) -> list[TensorPlace]:
+    """The tensors that are the adapter's own, of a dtype that can be looked at."""
+    return [
+        place
+        for place in inspection.places
+        if not is_base_weight(place.spec.name) and place.spec.dtype in SERVED_DTYPES
+    ]
+
+
+def judge_digests(
+    path: Path, stated: Mapping[str, str], follow_links: bool, known: Mapping[str, str] | None = None
+) -> list[Finding]:
+    """Files whose digest differs from the one stated; `known` are digests of files that were read already."""
+    findings = []
+    for name, digest in sorted(stated.items()):
+        if "/" in name or name.startswith("."):
+            continue
+        found = (known or {}).get(name) or _digest_of(path / name, follow_links)
+        if found != digest:
+            rule = "is not the file that identity.json was written for (its SHA-256 differs)"
+            findings.append(Finding("checksum_mismatch", name[:120], rule, "Copy the whole folder again."))
+    return findings
+
+
+def _digest_of(path: Path, follow_links: bool) -> str | None:
+    digest = hashlib.sha256()
+    try:
+        if path.name != WEIGHTS_FILE:
+            return hashlib.sha256(read_whole(path, MAX_CONFIG_BYTES, follow_links)).hexdigest()
+        with RegularFile(path, follow_links) as file:
+            for start in range(0, file.size, 1 << 20):
+                digest.update(file.read(min(1 << 20, file.size - start), start))
+    except (OSError, ValueError):
+        return None
+    return digest.hexdigest()
+
+
+def _read_chat(path: Path, rules: Rules) -> tuple[ChatSettings, list[Finding]]:
+    if not path.is_dir():
+        return ChatSettings(), []
+    try:
+        chat = read_chat_settings(path, rules.follow_links)
     except BadInput as error:
-        chat = ChatSettings()
-        findings.append(Finding("chat_settings_invalid", name, str(error).rstrip("."), "Repair the file."))
-    return Inspection(name, path, reading.spec, chat, tuple(findings))
+        return ChatSettings(), [Finding("chat_settings_invalid", error.item, error.rule, error.fix)]
+    return chat, [] if chat.template is None else judge_template(chat.template)
+
+
+def _judge_named_base(spec: AdapterSpec, rules: Rules) -> list[Finding]:
+    """The base that it names may go by another name here; only another fingerprint is another base."""
+    if rules.base is None:
+        return []
+    who, differs = _named_base(spec, rules, rules.base)
+    if differs:
+        rule = f"was trained on {who[:80]!r}, whose config is not that of {rules.base.public_name}"
+        fix = "Serve it on its own base; --allow base_mismatch serves it all the same."
+        return [Finding("base_mismatch", spec.name, rule, fix)]
+    if differs is None:
+        rule = f"{who[:80]!r} cannot be read here, so only names and shapes tell that it fits"
+        return [Finding("base_unread", "base_model_name_or_path", rule, "", Severity.NOTE)]
+    return []
+
+
+def _named_base(spec: AdapterSpec, rules: Rules, base: BaseModel) -> tuple[str, bool | None]:
+    """The base that the adapter names, and whether it is another than `base`; None if that cannot be told."""
+    try:
+        of_base = read_provenance(spec.path, rules.follow_links).get("base_model")
+    except BadInput:
+        of_base = None  # which is said with the chat settings
+    if isinstance(of_base, dict) and isinstance(of_base.get("fingerprint"), str):
+        return str(of_base.get("name")), of_base["fingerprint"] != base.fingerprint
+    named = spec.base_model
+    if named is None or named == base.name:
+        return base.name, False
+    # Somebody who uploads does not choose what is read here.
+    return named, _is_other_base(named, base.fingerprint) if rules.follow_links else None
+
+
+@functools.lru_cache(maxsize=256)  # a folder of adapters names one base, again and again
+def _is_other_base(named: str, fingerprint: str) -> bool | None:
+    """None if the base that is named cannot be read here."""
+    try:
+        return read_base_model(named, offline=True).fingerprint != fingerprint
+    except BadBaseModel:
+        return None
 
 
 def require_admitted(inspection: Inspection) -> AdapterSpec:

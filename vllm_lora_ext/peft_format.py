@@ -1,40 +1,39 @@
-"""The only reader of PEFT adapter folders: `adapter_config.json` and the header of the weights.
+"""The only reader and writer of PEFT adapter folders: `adapter_config.json` and the header of the weights.
 
-Reading never stops at the first problem: what is wrong comes back as findings,
-all of them at once. Weights stay on disk; only the safetensors header is read.
+Reading never stops at the first problem: what is wrong comes back as findings, all of them at once.
+Weights stay on disk; only the safetensors header is read. Files are opened by their known names and
+nothing else in a folder is looked at: optimizer states and sub-checkpoints beside them are no concern.
 """
 
 from __future__ import annotations
 
-import json
+import itertools
+import os
 import re
+import unicodedata
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from vllm_lora_ext.files import LinkRefused, NotRegularFile, RegularFile, TooLarge, read_whole
+from vllm_lora_ext.peft_config import SAVE_AGAIN, judge_config, pattern_name, resolve_pattern, untargeted
 from vllm_lora_ext.spec import AdapterSpec, Finding, TensorSpec, folder_name
+from vllm_lora_ext.strict_json import JsonRefused, parse_object
+from vllm_lora_ext.tensor_file import HeaderRefused, TensorPlace, read_header
 
 CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"
+PREFIX = "base_model.model."
 _PICKLES = ("adapter_model.bin", "adapter_model.pt")
-_MAX_CONFIG_BYTES = 1 << 20
+MAX_CONFIG_BYTES = 1 << 20
+MAX_WEIGHTS_BYTES = 16 << 30
+_MAX_ENTRIES = 10_000  # files and folders beside the adapter's
+_COPY_AGAIN = "Copy it again, or save the adapter with PEFT again."
 
-# Config keys that vLLM cannot serve when they are switched on, with the fix.
-_UNSUPPORTED = {
-    "use_dora": "Train without DoRA, or merge the adapter into its base.",
-    "lora_bias": "Train with lora_bias=False.",
-    "modules_to_save": "Train without modules_to_save, or merge the adapter into its base.",
-    "trainable_token_indices": "Train without new tokens.",
-    "layer_replication": "Train without layer_replication.",
-    "alora_invocation_tokens": "Train an ordinary LoRA.",
-    "use_bdlora": "Train an ordinary LoRA.",
-    "use_qalora": "Train an ordinary LoRA.",
-}
-# These only choose the first weights of the adapter (vllm/lora/peft_helper.py).
-_HARMLESS_INITS = ("gaussian", "eva", "orthogonal", "mica", "lora_ga")
-_LITERAL_KEY = re.compile(r"[\w.]+(\|[\w.]+)*")
-_SAVE_AGAIN = "Save it with PEFT again."
+TENSOR_NAME = re.compile(
+    r"base_model\.model\.(?P<module>[\w.-]+)\.lora_(?:(?P<side>[AB])\.weight|embedding_(?P<embedding>[AB]))"
+)
 
 
 @dataclass(frozen=True)
@@ -43,6 +42,7 @@ class AdapterReading:
 
     spec: AdapterSpec | None
     findings: tuple[Finding, ...]
+    places: tuple[TensorPlace, ...] = ()
 
 
 def is_adapter_folder(path: Path) -> bool:
@@ -50,160 +50,251 @@ def is_adapter_folder(path: Path) -> bool:
     return any((path / name).exists() for name in (CONFIG_FILE, WEIGHTS_FILE, *_PICKLES))
 
 
-def adapter_folders(directory: Path) -> list[Path]:
-    """The adapters of a directory, by name: the directory itself if it is one, else its visible folders."""
+def adapter_folders(directory: Path) -> dict[str, Path]:
+    """Name -> folder of the adapters of a directory: itself if it is one, else its visible folders.
+
+    A folder that is no adapter and holds adapters gives names of two parts, `org/name`.
+    """
     if is_adapter_folder(directory):
-        return [directory]
-    return sorted(entry for entry in directory.iterdir() if entry.is_dir() and not entry.name.startswith("."))
+        return {public_name(directory): directory}
+    found = {}
+    for folder in _visible_folders(directory):
+        inner = (
+            [] if is_adapter_folder(folder) else [f for f in _visible_folders(folder) if is_adapter_folder(f)]
+        )
+        if inner:
+            found.update({f"{public_name(folder)}/{public_name(adapter)}": adapter for adapter in inner})
+        else:
+            found[public_name(folder)] = folder
+    return found
 
 
-def read_adapter(path: Path, name: str | None = None) -> AdapterReading:
-    """Read one adapter folder; `name` is its public name, by default the folder's."""
-    name = name or folder_name(path)
-    if not path.is_dir():
-        finding = Finding("adapter_missing", str(path), "no such folder", "Check the path.")
-        return AdapterReading(None, (finding,))
-    config, findings = _read_config(path / CONFIG_FILE)
-    tensors, size, weight_findings = _read_weights(path)
+def public_name(folder: Path) -> str:
+    """The folder's name in Unicode's composed form: some file systems keep names in the other one."""
+    return unicodedata.normalize("NFC", folder_name(folder))
+
+
+def _visible_folders(directory: Path) -> list[Path]:
+    try:
+        entries = sorted(directory.iterdir())
+    except PermissionError:
+        return []
+    return [entry for entry in entries if not entry.name.startswith(".") and entry.is_dir()]
+
+
+def named_base_model(path: Path) -> str | None:
+    """The base model that an adapter's config names; None if there is none to read."""
+    config, _ = _read_config(path / CONFIG_FILE, follow_links=True)
+    named = (config or {}).get("base_model_name_or_path")
+    return named if isinstance(named, str) and named else None
+
+
+def read_adapter(path: Path, name: str | None = None, follow_links: bool = True) -> AdapterReading:
+    """Read one adapter folder; `name` is its public name, by default the folder's.
+
+    `follow_links` is for folders of the operator, where hub caches, git-sync and Kubernetes put links.
+    """
+    name = public_name(path) if name is None else name
+    findings = _judge_folder(path, follow_links)
+    if findings:
+        return AdapterReading(None, tuple(findings))
+    config, findings = _read_config(path / CONFIG_FILE, follow_links)
+    places, size, weight_findings = _read_weights(path, follow_links)
     findings += weight_findings
     if config is not None:
-        findings += _judge_config(config)
-    if config is None or tensors is None or not _is_rank(config.get("r")):
-        return AdapterReading(None, tuple(findings))
+        findings += judge_config(config)
+    if config is None or places is None or any(finding.code in _UNREADABLE for finding in findings):
+        return AdapterReading(None, tuple(fold(findings)))
+    try:
+        spec = _spec(name, path, config, places, size)
+    except ValueError as error:
+        findings.append(Finding("pattern_unsupported", "rank_pattern, alpha_pattern", str(error), SAVE_AGAIN))
+        return AdapterReading(None, tuple(fold(findings)))
+    findings += _judge_targeting(config, spec)
+    return AdapterReading(spec, tuple(fold(findings)), places)
+
+
+# With one of these there is no rank, alpha or pattern to speak of.
+_UNREADABLE = ("rank_invalid", "alpha_invalid", "alpha_no_effect", "pattern_unsupported", "config_invalid")
+
+
+def _spec(
+    name: str, path: Path, config: Mapping[str, Any], places: tuple[TensorPlace, ...], size: int
+) -> AdapterSpec:
+    tensors = tuple(sorted((place.spec for place in places), key=lambda tensor: tensor.name))
+    modules = modules_of(tensors)
     base_model = config.get("base_model_name_or_path")
-    spec = AdapterSpec(
+    return AdapterSpec(
         name=name,
         path=path,
         base_model=base_model if isinstance(base_model, str) and base_model else None,
         rank=config["r"],
+        alpha=config["lora_alpha"],
         tensors=tensors,
         size_bytes=size,
-        rank_pattern=_rank_pattern(config),
+        ranks=resolve_pattern(config.get("rank_pattern") or {}, modules),
+        alphas=resolve_pattern(config.get("alpha_pattern") or {}, modules),
+        use_rslora=config.get("use_rslora") is True,
+        heads=tuple(config.get("modules_to_save") or ()),
+        target_parameters=tuple(config.get("target_parameters") or ()),
     )
-    return AdapterReading(spec, tuple(findings))
 
 
-def _read_config(path: Path) -> tuple[Mapping[str, Any] | None, list[Finding]]:
-    if not path.is_file():
-        rule = "the folder holds no adapter_config.json, so it is not a PEFT adapter"
-        return None, [Finding("config_missing", str(path.parent), rule, _SAVE_AGAIN)]
-    if path.stat().st_size > _MAX_CONFIG_BYTES:
-        rule = f"is larger than {_MAX_CONFIG_BYTES} bytes"
-        return None, [Finding("config_too_large", str(path), rule, _SAVE_AGAIN)]
+def modules_of(tensors: tuple[TensorSpec, ...]) -> list[str]:
+    """The modules that have an A or a B among `tensors`, by name."""
+    matches = (TENSOR_NAME.fullmatch(tensor.name) for tensor in tensors)
+    return sorted({match["module"] for match in matches if match})
+
+
+def _judge_targeting(config: Mapping[str, Any], spec: AdapterSpec) -> list[Finding]:
+    modules = modules_of(spec.tensors)
+    missed = untargeted(config, modules)
+    if not missed:
+        return []
+    rule = (
+        f"do not name {len(missed)} of the {len(modules)} modules in {WEIGHTS_FILE}, for example {missed[0]}"
+    )
+    fix = "Save the adapter again, with the config that it was trained with."
+    return [Finding("target_modules_mismatch", "target_modules", rule, fix)]
+
+
+def _judge_folder(path: Path, follow_links: bool) -> list[Finding]:
     try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError, OSError) as error:
-        rule = f"cannot be read as JSON ({error})"
-        return None, [Finding("config_not_json", str(path), rule, _SAVE_AGAIN)]
-    if not isinstance(config, dict):
-        rule = f"must hold an object, holds a {type(config).__name__}"
-        return None, [Finding("config_not_object", str(path), rule, _SAVE_AGAIN)]
-    return config, []
+        if not follow_links and path.is_symlink():
+            return [Finding("link_refused", path.name, "is a link", "Upload the files themselves.")]
+        if not path.is_dir():
+            return [Finding("adapter_missing", path.name or str(path), "no such folder", "Check the path.")]
+        with os.scandir(path) as entries:
+            count = sum(1 for _ in itertools.islice(entries, _MAX_ENTRIES + 1))
+    except OSError as error:
+        return [file_finding(error, path.name)]
+    if count > _MAX_ENTRIES:
+        rule = f"holds more than {_MAX_ENTRIES} files"
+        return [Finding("too_many_files", path.name, rule, "Give the adapter a folder of its own.")]
+    return []
 
 
-def _read_weights(path: Path) -> tuple[tuple[TensorSpec, ...] | None, int, list[Finding]]:
-    from safetensors import SafetensorError, safe_open
+def file_finding(error: Exception, item: str) -> Finding:
+    """The finding for a file that could not be read."""
+    if isinstance(error, LinkRefused):
+        return Finding(
+            "link_refused", item, "is a link, and links may lead out of the folder", "Upload the file."
+        )
+    if isinstance(error, NotRegularFile):
+        return Finding("not_regular_file", item, "is no regular file", "Copy the file again.")
+    if isinstance(error, TooLarge):
+        return Finding("too_large", item, str(error).partition(" ")[2], "Remove what does not belong in it.")
+    if isinstance(error, PermissionError):
+        return Finding(
+            "permission_denied", item, "may not be read by this process", f"Run chmod a+r on {item}."
+        )
+    if isinstance(error, FileNotFoundError | NotADirectoryError):
+        return Finding("adapter_missing", item, "went away while it was read", "Publish it again.")
+    if isinstance(error, OSError):
+        rule = f"cannot be read ({error.strerror})"
+        return Finding("read_failed", item, rule, "Check the disk, and publish it again.")
+    return Finding("changed_while_reading", item, "changed while it was read", "Publish it again.")
 
+
+def _read_config(path: Path, follow_links: bool) -> tuple[Mapping[str, Any] | None, list[Finding]]:
+    if not os.path.lexists(path):
+        rule = "is not there, so this is not a PEFT adapter"
+        return None, [Finding("config_missing", CONFIG_FILE, rule, SAVE_AGAIN)]
+    try:
+        return parse_object(read_whole(path, MAX_CONFIG_BYTES, follow_links)), []
+    except TooLarge:
+        rule = f"is larger than {MAX_CONFIG_BYTES} bytes"
+        return None, [Finding("config_too_large", CONFIG_FILE, rule, SAVE_AGAIN)]
+    except JsonRefused as error:
+        return None, [Finding(f"config_{error.code}", CONFIG_FILE, error.rule, SAVE_AGAIN)]
+    except (OSError, ValueError) as error:
+        return None, [file_finding(error, CONFIG_FILE)]
+
+
+def _read_weights(
+    path: Path, follow_links: bool
+) -> tuple[tuple[TensorPlace, ...] | None, int, list[Finding]]:
     weights = path / WEIGHTS_FILE
-    pickles = [name for name in _PICKLES if (path / name).exists()]
-    if not weights.is_file():
-        if pickles:
-            rule = "is a pickle, which can run code when it is loaded"
-            fix = (
-                "Convert it where you trust it: PeftModel.from_pretrained(base, folder)"
-                ".save_pretrained(folder, safe_serialization=True)."
-            )
-            return None, 0, [Finding("pickle_refused", pickles[0], rule, fix)]
-        if weights.exists():
-            rule = "is no regular file"
-            return None, 0, [Finding("not_regular_file", WEIGHTS_FILE, rule, "Copy the weights again.")]
-        rule = f"the folder holds no {WEIGHTS_FILE}"
-        fix = "Copy the weights, or save the adapter with PEFT again."
-        return None, 0, [Finding("weights_missing", str(path), rule, fix)]
+    if not os.path.lexists(weights):
+        return None, 0, [_missing_weights(path)]
     try:
-        with safe_open(weights, framework="numpy") as file:
-            slices = [(name, file.get_slice(name)) for name in sorted(file.keys())]
-            tensors = tuple(
-                TensorSpec(name, part.get_dtype(), tuple(part.get_shape())) for name, part in slices
-            )
-    except (SafetensorError, OSError) as error:
-        rule = f"is not a whole safetensors file ({error})"
-        fix = "Copy it again, or save the adapter with PEFT again."
-        return None, 0, [Finding("weights_corrupt", WEIGHTS_FILE, rule, fix)]
-    if not tensors:
-        finding = Finding("adapter_empty", WEIGHTS_FILE, "holds no tensor", "Train it again.")
-        return tensors, 0, [finding]
-    return tensors, weights.stat().st_size, []
+        with RegularFile(weights, follow_links) as file:
+            if file.size > MAX_WEIGHTS_BYTES:
+                rule = f"has {file.size} bytes, at most {MAX_WEIGHTS_BYTES} are taken"
+                return None, 0, [Finding("too_large", WEIGHTS_FILE, rule, "Train a smaller adapter.")]
+            places = read_header(file)
+    except HeaderRefused as error:
+        return None, 0, [Finding(error.code, WEIGHTS_FILE, error.rule, _COPY_AGAIN)]
+    except (OSError, ValueError) as error:
+        return None, 0, [file_finding(error, WEIGHTS_FILE)]
+    if not places:
+        return (), 0, [Finding("adapter_empty", WEIGHTS_FILE, "holds no tensor", "Train it again.")]
+    return places, file.size, []
 
 
-def _judge_config(config: Mapping[str, Any]) -> list[Finding]:
-    findings = []
-    if config.get("peft_type") != "LORA":
-        rule = f"is {_shown(config.get('peft_type'))}; vLLM serves LORA only"
-        fix = "Train a LoRA, or merge the adapter into its base."
-        findings.append(Finding("peft_type_unsupported", "peft_type", rule, fix))
-    rank, alpha = config.get("r"), config.get("lora_alpha")
-    if not _is_rank(rank):
-        rule = f"must be a whole number of at least 1, is {_shown(rank)}"
-        findings.append(Finding("rank_invalid", "r", rule, _SAVE_AGAIN))
-    if not isinstance(alpha, int | float) or isinstance(alpha, bool) or not 0 < alpha < 1e6:
-        rule = f"must be a positive number, is {_shown(alpha)}"
-        findings.append(Finding("alpha_invalid", "lora_alpha", rule, _SAVE_AGAIN))
-    if not isinstance(config.get("target_modules"), str | list):
-        rule = f"must name the modules, is {_shown(config.get('target_modules'))}"
-        findings.append(Finding("target_modules_invalid", "target_modules", rule, _SAVE_AGAIN))
-    if config.get("bias", "none") != "none":
-        rule = f"is {_shown(config['bias'])}; vLLM serves adapters without trained biases only"
-        findings.append(Finding("feature_unsupported", "bias", rule, "Train with bias='none'."))
-    for key, fix in _UNSUPPORTED.items():
-        if config.get(key):
-            rule = "is set, and vLLM cannot serve it"
-            findings.append(Finding("feature_unsupported", key, rule, fix))
-    init = config.get("init_lora_weights")
-    if isinstance(init, str) and init.lower() not in _HARMLESS_INITS:
-        rule = f"is {_shown(init)}, which changed the base during training"
-        fix = "Save it with path_initial_model_for_weight_conversion, which makes a plain LoRA."
-        findings.append(Finding("init_unsupported", "init_lora_weights", rule, fix))
-    return findings + judge_patterns(config)
+def _missing_weights(path: Path) -> Finding:
+    pickles = [name for name in _PICKLES if os.path.lexists(path / name)]
+    if pickles:
+        rule = "is a pickle, which can run code when it is loaded"
+        fix = (
+            "Convert it where you trust it: PeftModel.from_pretrained(base, folder)"
+            ".save_pretrained(folder, safe_serialization=True)."
+        )
+        return Finding("pickle_refused", pickles[0], rule, fix)
+    fix = "Copy the weights, or save the adapter with PEFT again."
+    return Finding("weights_missing", WEIGHTS_FILE, "is not there", fix)
 
 
-def judge_patterns(config: Mapping[str, Any]) -> list[Finding]:
-    """PEFT and vLLM read the keys as regular expressions; names and `a|b` are all that is needed."""
-    findings = []
-    for name in ("rank_pattern", "alpha_pattern"):
-        pattern = config.get(name)
-        if pattern is None:
-            continue
-        if not isinstance(pattern, dict):
-            rule = f"must be an object, is {_shown(pattern)}"
-            findings.append(Finding("pattern_unsupported", name, rule, _SAVE_AGAIN))
-            continue
-        for key, value in pattern.items():
-            if not _LITERAL_KEY.fullmatch(key):
-                rule = f"key {_shown(key)} is more than module names"
-                fix = "Write the names of the modules, as PEFT's own examples do."
-                findings.append(Finding("pattern_unsupported", name, rule, fix))
-            elif name == "rank_pattern" and not _is_rank(value):
-                rule = f"{key} must be a whole number of at least 1, is {_shown(value)}"
-                findings.append(Finding("rank_invalid", name, rule, _SAVE_AGAIN))
-    return findings
+def fold(findings: list[Finding]) -> list[Finding]:
+    """One finding per code, fix and severity when many items break the same rule, with the count."""
+    groups: dict[tuple[str, str, str], list[Finding]] = {}
+    for finding in findings:
+        groups.setdefault((finding.code, finding.fix, finding.severity), []).append(finding)
+    folded = []
+    for (code, fix, _), group in groups.items():
+        first = group[0]
+        more = f" (and {len(group) - 1} more)" if len(group) > 1 else ""
+        folded.append(Finding(code, first.item, first.rule + more, fix, first.severity))
+    return folded
 
 
-def _is_rank(value: object) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value >= 1
+def canonical_config(spec: AdapterSpec) -> dict[str, Any]:
+    """The config of an adapter as we keep it: what decides what it computes, in one form only.
+
+    Modules stand under their full names, so no pattern is left to interpret. Loads in PEFT and vLLM.
+    """
+    modules = modules_of(spec.tensors)
+    targets = [module for module in modules if not (spec.target_parameters and ".experts" in module)]
+    config: dict[str, Any] = {
+        "peft_type": "LORA",
+        "r": spec.rank,
+        "lora_alpha": spec.alpha,
+        "bias": "none",
+        "target_modules": targets or None,
+        "use_rslora": spec.use_rslora,
+        "rank_pattern": _differing(spec.ranks, spec.rank, modules),
+        "alpha_pattern": _differing(spec.alphas, spec.alpha, modules),
+        "inference_mode": True,
+    }
+    if spec.heads:
+        config |= {"modules_to_save": sorted(spec.heads), "task_type": "SEQ_CLS"}
+    if spec.target_parameters:
+        config["target_parameters"] = sorted(spec.target_parameters)
+    return config
 
 
-def _shown(value: object) -> str:
-    """A value as it may stand in a message: not endless."""
-    try:
-        text = repr(value)
-    except ValueError:  # a whole number of thousands of digits
-        return "a number without end"
-    return text if len(text) <= 60 else text[:57] + "..."
+def _differing(values: Mapping[str, Any], usual: Any, modules: list[str]) -> dict[str, Any]:
+    """Pattern -> value where it is not the usual one; by last name where all modules of that name agree.
 
-
-def _rank_pattern(config: Mapping[str, Any]) -> dict[str, int]:
-    pattern = config.get("rank_pattern")
-    if not isinstance(pattern, dict):
-        return {}
-    return {suffix: rank for key, rank in pattern.items() if _is_rank(rank) for suffix in key.split("|")}
+    Short, because vLLM goes through all patterns for every module.
+    """
+    by_last_name: dict[str, set[Any]] = {}
+    for module in modules:
+        last = pattern_name(module).rpartition(".")[2]
+        by_last_name.setdefault(last, set()).add(values.get(module, usual))
+    pattern = {}
+    for module, value in sorted(values.items()):
+        last = pattern_name(module).rpartition(".")[2]
+        if value != usual:
+            pattern[last if len(by_last_name[last]) == 1 else f"^{pattern_name(module)}"] = value
+    return pattern

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -17,6 +18,8 @@ class Severity(StrEnum):
 
     REFUSED = "refused"
     UNPROVEN = "unproven"  # we cannot judge it; the engine decides
+    WARNING = "warning"  # served, and worth a look
+    NOTE = "note"  # for the record
 
 
 @dataclass(frozen=True)
@@ -30,7 +33,7 @@ class Finding:
     severity: Severity = Severity.REFUSED
 
     def __str__(self) -> str:
-        return f"[{self.code}] {self.item}: {self.rule}. {self.fix}"
+        return f"[{self.code}] {self.item}: {self.rule}. {self.fix}".rstrip()
 
 
 @dataclass(frozen=True)
@@ -46,29 +49,36 @@ class TensorSpec:
 class AdapterSpec:
     """What a PEFT folder says about itself, before anybody judged it.
 
-    `rank` is the value of `r`; `rank_pattern` holds the modules that differ, by
-    dotted suffix of their names, as PEFT applies it.
+    `rank` and `alpha` hold for every module that is not in `ranks` or `alphas` (module -> value, the
+    config's patterns applied). Modules are named as in the base model, without PEFT's prefix.
     """
 
     name: str
     path: Path
     base_model: str | None
     rank: int
+    alpha: float
     tensors: tuple[TensorSpec, ...]
     size_bytes: int
-    rank_pattern: Mapping[str, int] = field(default_factory=dict)
+    ranks: Mapping[str, int] = field(default_factory=dict)
+    alphas: Mapping[str, float] = field(default_factory=dict)
+    use_rslora: bool = False
+    heads: tuple[str, ...] = ()  # modules that the adapter brings whole
+    target_parameters: tuple[str, ...] = ()
 
     @property
     def max_rank(self) -> int:
         """The largest rank that the engine has to hold for this adapter."""
-        return max([self.rank, *self.rank_pattern.values()])
+        return max([self.rank, *self.ranks.values()])
 
     def rank_of(self, module: str) -> int:
-        """Rank of one module: the pattern whose key is a dotted suffix of its name, else `rank`."""
-        for suffix, rank in self.rank_pattern.items():
-            if module == suffix or module.endswith("." + suffix):
-                return rank
-        return self.rank
+        """Rank of one module, (rank, in_features) is the shape of its A."""
+        return self.ranks.get(module, self.rank)
+
+    def scaling_of(self, module: str) -> float:
+        """What B(Ax) is multiplied by: alpha / rank, or alpha / sqrt(rank) with rsLoRA."""
+        rank = self.rank_of(module)
+        return self.alphas.get(module, self.alpha) / (math.sqrt(rank) if self.use_rslora else rank)
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,6 @@
 """Slows our adapter reader in the processes of a server that has this folder on its PYTHONPATH.
 
-With `BENCH_READ_LIMIT` (bytes per second) set, `vllm_lora_ext.engine.weights.read_chunk`
+With `BENCH_READ_LIMIT` (bytes per second) set, `vllm_lora_ext.files.read_chunk`
 takes at least that long for a file whose path contains `throttled`. The module is
 patched when vLLM imports it, and nothing is imported earlier than it would be.
 """
@@ -18,7 +18,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-MODULE = "vllm_lora_ext.engine.weights"
+MODULE = "vllm_lora_ext.files"
 LIMIT_BYTES_PER_S = float(os.environ.get("BENCH_READ_LIMIT", "0"))
 
 

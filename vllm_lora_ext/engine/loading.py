@@ -23,7 +23,8 @@ from vllm.lora.peft_helper import PEFTHelper
 from vllm.lora.request import LoRARequest
 from vllm.lora.utils import get_adapter_absolute_path, is_base_embedding_weights, parse_fine_tuned_lora_name
 
-from vllm_lora_ext.engine.weights import read_config, read_tensors
+from vllm_lora_ext.background import lower_priority
+from vllm_lora_ext.engine.weights import read_adapter_files
 
 _LOADERS = 4  # so that one disk that hangs does not keep the others waiting
 
@@ -43,8 +44,7 @@ def load_adapter(
     """
     try:
         folder = Path(get_adapter_absolute_path(request.lora_path))
-        config = read_config(folder)
-        tensors = read_tensors(folder)
+        config, tensors = read_adapter_files(folder)
     except FileNotFoundError as error:
         raise LoRAAdapterNotFoundError(request.lora_name, request.lora_path) from error
     peft = PEFTHelper.from_dict({**config, "vllm_max_position_embeddings": max_positions})
@@ -162,5 +162,4 @@ def give_way() -> None:
         ctypes.CDLL(None).omp_set_num_threads(1)
     with contextlib.suppress(OSError, AttributeError):  # not on Linux, or not allowed
         os.sched_setaffinity(0, os.sched_getaffinity(os.getppid()))
-    with contextlib.suppress(OSError, AttributeError):
-        os.setpriority(os.PRIO_PROCESS, 0, 19)
+    lower_priority()

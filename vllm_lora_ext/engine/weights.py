@@ -1,27 +1,26 @@
-"""Reads an adapter's files into memory that belongs to us.
+"""Reads an adapter's files into memory that belongs to us, and compares them with the version's digest.
 
-Mapped files are not enough: cut one short, and the process that looks at it dies
-of a signal that Python cannot catch (SIGBUS). So everything is read with `read`,
-into tensors of our own, and a file that changes meanwhile is an error or old
-content, never a crash.
+Mapped files are not enough: cut one short, and the process that looks at it dies of a signal that
+Python cannot catch (SIGBUS). So everything is read with `read`, into tensors of our own, and a file
+that changes meanwhile is an error, never a crash and never served.
 """
 
 from __future__ import annotations
 
-import json
-import math
-import os
-import stat
+import hashlib
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from vllm_lora_ext.peft_format import CONFIG_FILE, WEIGHTS_FILE, judge_patterns
+from vllm_lora_ext.errors import VersionDamaged
+from vllm_lora_ext.files import RegularFile, read_whole
+from vllm_lora_ext.peft_config import judge_patterns
+from vllm_lora_ext.peft_format import CONFIG_FILE, MAX_CONFIG_BYTES, WEIGHTS_FILE
+from vllm_lora_ext.store import is_version_folder, open_version
+from vllm_lora_ext.strict_json import parse_object
+from vllm_lora_ext.tensor_file import read_header
 
-CHUNK_BYTES = 1 << 20
-_MAX_CONFIG_BYTES = 1 << 20
-_MAX_HEADER_BYTES = 100 << 20  # the limit of the safetensors library
 _DTYPES = {
     "F64": torch.float64,
     "F32": torch.float32,
@@ -30,120 +29,71 @@ _DTYPES = {
 }
 
 
-def read_chunk(file: int, target: memoryview) -> int:
-    """Read from where the file descriptor stands into `target`; how many bytes. All reading passes here."""
-    return os.readv(file, [target])
+def read_adapter_files(folder: Path) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
+    """The config of an adapter, and its tensors by name in memory of their own.
 
-
-class RegularFile:
-    """An open regular file. A pipe or a device is refused, and opening one does not wait for its other end.
+    A folder of the store has to be what its name says, byte for byte.
 
     Raises:
-        OSError: it cannot be opened.
-        ValueError: it is no regular file.
+        OSError, ValueError: a file is not there, or is not what it should be.
+        VersionDamaged: the store's files are not as they were written.
     """
-
-    def __init__(self, path: Path) -> None:
-        self.name = path.name
-        self._file = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
-        state = os.fstat(self._file)
-        if not stat.S_ISREG(state.st_mode):
-            os.close(self._file)
-            raise ValueError(f"{self.name} is no regular file")
-        self.size = state.st_size
-
-    def __enter__(self) -> RegularFile:
-        return self
-
-    def __exit__(self, *reason: object) -> None:
-        os.close(self._file)
-
-    def fill(self, target: memoryview, offset: int) -> None:
-        """Fill `target` from `offset` on.
-
-        Raises:
-            ValueError: the file ends before.
-        """
-        os.lseek(self._file, offset, os.SEEK_SET)
-        filled = 0
-        while filled < len(target):
-            count = read_chunk(self._file, target[filled : filled + CHUNK_BYTES])
-            if not count:
-                raise ValueError(f"{self.name} ends after {offset + filled} bytes, more were promised")
-            filled += count
-
-    def read(self, size: int, offset: int = 0) -> bytes:
-        """`size` bytes from `offset` on; raises as `fill`."""
-        data = bytearray(size)
-        self.fill(memoryview(data), offset)
-        return bytes(data)
+    if not is_version_folder(folder):
+        return read_config(folder), read_tensors(folder)
+    version = open_version(folder)
+    config = read_config(folder, version.files.get(CONFIG_FILE))
+    return config, read_tensors(folder, version.files.get(WEIGHTS_FILE))
 
 
-def read_config(folder: Path) -> dict[str, Any]:
+def read_config(folder: Path, sha256: str | None = None) -> dict[str, Any]:
     """The adapter's config, an object whose patterns are plain names.
 
     Raises:
         OSError, ValueError: it is not there, no JSON object, or a pattern is more than names (a
             regular expression can run for ever).
+        VersionDamaged: its digest is not `sha256`.
     """
-    with RegularFile(folder / CONFIG_FILE) as file:
-        if file.size > _MAX_CONFIG_BYTES:
-            raise ValueError(f"{CONFIG_FILE} is larger than {_MAX_CONFIG_BYTES} bytes")
-        try:
-            config = json.loads(file.read(file.size))
-        except RecursionError as error:
-            raise ValueError(f"{CONFIG_FILE} is nested too deeply") from error
-    if not isinstance(config, dict):
-        raise ValueError(f"{CONFIG_FILE} holds a {type(config).__name__}, not an object")
+    data = read_whole(folder / CONFIG_FILE, MAX_CONFIG_BYTES)
+    _compare(folder, CONFIG_FILE, hashlib.sha256(data).hexdigest(), sha256)
+    try:
+        config = parse_object(data)
+    except ValueError as error:
+        raise ValueError(f"{CONFIG_FILE} {error}") from error
     if findings := judge_patterns(config):
         raise ValueError("; ".join(map(str, findings)))
     return config
 
 
-def read_tensors(folder: Path) -> dict[str, torch.Tensor]:
+def read_tensors(folder: Path, sha256: str | None = None) -> dict[str, torch.Tensor]:
     """All tensors of the weights file by name, in memory of their own.
 
     Raises:
         OSError, ValueError: the file is not there, or is no whole safetensors file.
+        VersionDamaged: its digest is not `sha256`.
     """
     with RegularFile(folder / WEIGHTS_FILE) as file:
-        header, start = _read_header(file)
+        try:
+            places = read_header(file)
+        except ValueError as error:
+            if sha256 is None:
+                raise ValueError(f"{WEIGHTS_FILE} {error}") from error
+            raise VersionDamaged(folder.name[:12], f"{WEIGHTS_FILE} {error}") from error
+        digest = hashlib.sha256(file.read(places[0].offset if places else file.size))
         tensors = {}
-        for name, entry in sorted(header.items(), key=lambda item: item[1]["data_offsets"][0]):
-            first, last = entry["data_offsets"]
-            tensor = torch.empty(entry["shape"], dtype=_DTYPES[entry["dtype"]])
-            if last > first:
+        for place in places:  # in the order of the file, without a hole
+            if place.spec.dtype not in _DTYPES:
+                raise ValueError(f"{WEIGHTS_FILE} holds {place.spec.dtype} tensors, which cannot be served")
+            tensor = torch.empty(place.spec.shape, dtype=_DTYPES[place.spec.dtype])
+            if place.size:
                 target = memoryview(tensor.view(-1).view(torch.uint8).numpy())
-                file.fill(target, start + first)
-            tensors[name] = tensor
+                file.fill(target, place.offset)
+                if sha256 is not None:
+                    digest.update(target)
+            tensors[place.spec.name] = tensor
+    _compare(folder, WEIGHTS_FILE, digest.hexdigest(), sha256)
     return tensors
 
 
-def _read_header(file: RegularFile) -> tuple[dict[str, Any], int]:
-    """The checked entries of the header, and where the data begin."""
-    length = int.from_bytes(file.read(8), "little")
-    if length > min(_MAX_HEADER_BYTES, file.size - 8):
-        raise ValueError(f"{file.name}: its header is said to be {length} bytes long")
-    try:
-        header = json.loads(file.read(length, 8))
-    except RecursionError as error:
-        raise ValueError(f"{file.name}: its header is nested too deeply") from error
-    if not isinstance(header, dict):
-        raise ValueError(f"{file.name}: its header is no object")
-    header.pop("__metadata__", None)
-    start = 8 + length
-    for name, entry in header.items():
-        if not _is_whole(entry, file.size - start):
-            raise ValueError(f"{file.name}: tensor {name} does not fit the file")
-    return header, start
-
-
-def _is_whole(entry: Any, available: int) -> bool:
-    """Whether an entry's dtype, shape and place agree and lie within the data."""
-    try:
-        (first, last), shape, dtype = entry["data_offsets"], entry["shape"], _DTYPES[entry["dtype"]]
-        if not all(type(number) is int and number >= 0 for number in (first, last, *shape)):
-            return False
-        return bool(last <= available and last - first == math.prod(shape) * dtype.itemsize)
-    except (KeyError, TypeError, ValueError):
-        return False
+def _compare(folder: Path, name: str, found: str, expected: str | None) -> None:
+    if expected is not None and found != expected:
+        raise VersionDamaged(folder.name[:12], f"{name} is not as it was written")

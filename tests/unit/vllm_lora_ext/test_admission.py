@@ -11,13 +11,14 @@ import numpy as np
 import pytest
 
 from tests.conftest import BASE_CONFIG, lora_tensors
-from vllm_lora_ext.admission import judge_name
 from vllm_lora_ext.base_model import BaseModel
 from vllm_lora_ext.errors import AdapterRefused
-from vllm_lora_ext.inspection import Inspection, inspect_adapter, require_admitted
+from vllm_lora_ext.inspection import Inspection, Rules, inspect_adapter, require_admitted
+from vllm_lora_ext.names import judge_name, name_key
 from vllm_lora_ext.spec import EngineLimits, allowed_rank
 
 BASE = BaseModel("base", BASE_CONFIG)
+RULES = Rules(BASE)
 STEM = "base_model.model.model.layers.0.self_attn.q_proj"
 MakeAdapter = Callable[..., Path]
 
@@ -27,7 +28,7 @@ def codes(inspection: Inspection) -> set[str]:
 
 
 def test_a_fitting_adapter_is_admitted_without_a_word(make_adapter: MakeAdapter) -> None:
-    inspection = inspect_adapter(make_adapter(), BASE)
+    inspection = inspect_adapter(make_adapter(), RULES)
     assert inspection.state == "admitted"
     assert inspection.findings == ()
     assert require_admitted(inspection).max_rank == 8
@@ -66,14 +67,14 @@ def test_a_fitting_adapter_is_admitted_without_a_word(make_adapter: MakeAdapter)
 def test_a_config_that_cannot_be_served_is_refused(
     make_adapter: MakeAdapter, config: dict[str, Any], code: str
 ) -> None:
-    inspection = inspect_adapter(make_adapter(**config), BASE)
+    inspection = inspect_adapter(make_adapter(**config), RULES)
     assert code in codes(inspection)
     assert not inspection.admitted
 
 
 @pytest.mark.parametrize("init", [True, False, None, "gaussian", "Gaussian", "eva", "mica", "lora_ga"])
 def test_initialisations_that_leave_the_base_alone_are_served(make_adapter: MakeAdapter, init: Any) -> None:
-    assert inspect_adapter(make_adapter(init_lora_weights=init), BASE).state == "admitted"
+    assert inspect_adapter(make_adapter(init_lora_weights=init), RULES).state == "admitted"
 
 
 @pytest.mark.parametrize(
@@ -91,7 +92,7 @@ def test_weights_that_do_not_fit_are_refused(
     make_adapter: MakeAdapter, change: dict[str, Any], code: str
 ) -> None:
     tensors = {name: value for name, value in (lora_tensors() | change).items() if value is not None}
-    inspection = inspect_adapter(make_adapter(tensors=tensors), BASE)
+    inspection = inspect_adapter(make_adapter(tensors=tensors), RULES)
     assert code in codes(inspection)
     assert not inspection.admitted
 
@@ -101,7 +102,7 @@ def test_an_adapter_that_matches_nothing_is_refused_and_says_where_it_was_traine
 ) -> None:
     renamed = {name.replace("model.layers", "h"): value for name, value in lora_tensors().items()}
     folder = make_adapter(tensors=renamed, base_model_name_or_path="other/model")
-    (finding,) = inspect_adapter(folder, BASE).findings
+    (finding,) = inspect_adapter(folder, RULES).findings
     assert finding.code == "module_unknown"
     assert "0 of 14" in finding.rule
     assert "other/model" in finding.fix
@@ -109,18 +110,18 @@ def test_an_adapter_that_matches_nothing_is_refused_and_says_where_it_was_traine
 
 def test_one_finding_tells_how_many_modules_break_the_same_rule(make_adapter: MakeAdapter) -> None:
     smaller = BaseModel("smaller", {**BASE_CONFIG, "hidden_size": 32, "intermediate_size": 48})
-    findings = inspect_adapter(make_adapter(), smaller).findings
+    findings = inspect_adapter(make_adapter(), Rules(smaller)).findings
     assert [finding.code for finding in findings] == ["shape_mismatch"]
     assert "(and 27 more)" in findings[0].rule
 
 
 def test_layers_beyond_the_base_are_refused(make_adapter: MakeAdapter) -> None:
-    inspection = inspect_adapter(make_adapter(tensors=lora_tensors(layers=3)), BASE)
+    inspection = inspect_adapter(make_adapter(tensors=lora_tensors(layers=3)), RULES)
     assert codes(inspection) == {"module_unknown"}
 
 
 def test_fewer_layers_than_the_base_are_fine(make_adapter: MakeAdapter) -> None:
-    assert inspect_adapter(make_adapter(tensors=lora_tensors(layers=1)), BASE).state == "admitted"
+    assert inspect_adapter(make_adapter(tensors=lora_tensors(layers=1)), RULES).state == "admitted"
 
 
 @pytest.mark.parametrize("pattern", [{"q_proj": 16}, {"self_attn.q_proj|nothing": 16}])
@@ -132,20 +133,20 @@ def test_a_rank_pattern_is_the_rank_of_its_modules(
         stem = f"base_model.model.model.layers.{layer}.self_attn.q_proj"
         tensors[f"{stem}.lora_A.weight"] = np.zeros((16, 64), np.float32)
         tensors[f"{stem}.lora_B.weight"] = np.zeros((64, 16), np.float32)
-    inspection = inspect_adapter(make_adapter(tensors=tensors, rank_pattern=pattern), BASE)
+    inspection = inspect_adapter(make_adapter(tensors=tensors, rank_pattern=pattern), RULES)
     assert inspection.state == "admitted"
     assert require_admitted(inspection).max_rank == 16
 
 
 def test_a_rank_above_the_engines_says_which_flag_to_raise(make_adapter: MakeAdapter) -> None:
     folder = make_adapter(tensors=lora_tensors(rank=40), r=40)
-    (finding,) = inspect_adapter(folder, BASE, limits=EngineLimits(32)).findings
+    (finding,) = inspect_adapter(folder, Rules(BASE, limits=EngineLimits(32))).findings
     assert finding.code == "rank_too_large"
     assert "--max-lora-rank 64" in finding.fix
 
 
 def test_an_unknown_architecture_is_left_to_the_engine(make_adapter: MakeAdapter) -> None:
-    inspection = inspect_adapter(make_adapter(), BaseModel("odd", {"model_type": "mamba"}))
+    inspection = inspect_adapter(make_adapter(), Rules(BaseModel("odd", {"model_type": "mamba"})))
     assert inspection.state == "unproven"
     assert inspection.admitted
 
@@ -155,7 +156,7 @@ def test_a_broken_folder_tells_everything_at_once(tmp_path: Path) -> None:
     folder.mkdir()
     (folder / "adapter_config.json").write_text('{"r": ')
     (folder / "adapter_model.bin").write_bytes(b"pickle")
-    inspection = inspect_adapter(folder, BASE)
+    inspection = inspect_adapter(folder, RULES)
     assert codes(inspection) == {"config_not_json", "pickle_refused"}
     with pytest.raises(AdapterRefused, match=r"config_not_json.*pickle_refused"):
         require_admitted(inspection)
@@ -177,32 +178,32 @@ def test_a_config_that_is_none_is_named(make_adapter: MakeAdapter, config: bytes
     (folder / "adapter_config.json").unlink()
     if config is not None:
         (folder / "adapter_config.json").write_bytes(config)
-    assert code in codes(inspect_adapter(folder, BASE))
+    assert code in codes(inspect_adapter(folder, RULES))
 
 
 @pytest.mark.parametrize("content", [b"", b"\x00" * 7, b"\xff" * 64, (1 << 60).to_bytes(8, "little")])
 def test_weights_that_are_no_safetensors_file_are_refused(make_adapter: MakeAdapter, content: bytes) -> None:
     folder = make_adapter()
     (folder / "adapter_model.safetensors").write_bytes(content)
-    assert codes(inspect_adapter(folder, BASE)) == {"weights_corrupt"}
+    assert codes(inspect_adapter(folder, RULES)) == {"weights_corrupt"}
 
 
 def test_weights_cut_short_are_refused(make_adapter: MakeAdapter) -> None:
     folder = make_adapter()
     weights = folder / "adapter_model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-100])
-    assert codes(inspect_adapter(folder, BASE)) == {"weights_corrupt"}
+    assert codes(inspect_adapter(folder, RULES)) == {"weights_corrupt"}
 
 
 def test_missing_weights_and_missing_folders_are_named(make_adapter: MakeAdapter, tmp_path: Path) -> None:
     folder = make_adapter()
     (folder / "adapter_model.safetensors").unlink()
-    assert codes(inspect_adapter(folder, BASE)) == {"weights_missing"}
-    assert codes(inspect_adapter(tmp_path / "nowhere", BASE)) == {"adapter_missing"}
+    assert codes(inspect_adapter(folder, RULES)) == {"weights_missing"}
+    assert codes(inspect_adapter(tmp_path / "nowhere", RULES)) == {"adapter_missing"}
 
 
 def test_an_adapter_without_tensors_is_refused(make_adapter: MakeAdapter) -> None:
-    assert "adapter_empty" in codes(inspect_adapter(make_adapter(tensors={}), BASE))
+    assert "adapter_empty" in codes(inspect_adapter(make_adapter(tensors={}), RULES))
 
 
 @pytest.mark.parametrize(
@@ -230,7 +231,7 @@ def test_broken_chat_settings_refuse_the_adapter(make_adapter: MakeAdapter) -> N
     folder = make_adapter()
     (folder / "chat_template.jinja").write_text("{{ messages }}")
     (folder / "identity.json").write_text("{")
-    assert codes(inspect_adapter(folder, BASE)) == {"chat_settings_invalid"}
+    assert codes(inspect_adapter(folder, RULES)) == {"chat_settings_invalid"}
 
 
 @pytest.mark.parametrize("file", ["adapter_model.safetensors", "chat_template.jinja", "adapter_config.json"])
@@ -238,7 +239,7 @@ def test_a_pipe_in_place_of_a_file_is_refused_and_does_not_hang(make_adapter: Ma
     folder = make_adapter()
     (folder / file).unlink(missing_ok=True)
     os.mkfifo(folder / file)
-    assert not inspect_adapter(folder, BASE).admitted
+    assert not inspect_adapter(folder, RULES).admitted
 
 
 @pytest.mark.parametrize("module", ["lm_head", "model.embed_tokens"])
@@ -247,12 +248,12 @@ def test_lora_on_the_vocabulary_is_left_to_the_engine(make_adapter: MakeAdapter,
         ("lora_embedding_A", "lora_embedding_B") if "embed" in module else ("lora_A.weight", "lora_B.weight")
     )
     extra = {f"base_model.model.{module}.{side}": np.zeros((8, 8), np.float32) for side in kind}
-    inspection = inspect_adapter(make_adapter(tensors=lora_tensors() | extra), BASE)
+    inspection = inspect_adapter(make_adapter(tensors=lora_tensors() | extra), RULES)
     assert (inspection.state, codes(inspection)) == ("unproven", {"vocabulary_unproven"})
 
 
 def test_a_finding_is_written_with_code_item_rule_and_fix(make_adapter: MakeAdapter) -> None:
-    (finding,) = inspect_adapter(make_adapter(peft_type="IA3"), BASE).findings
+    (finding,) = inspect_adapter(make_adapter(peft_type="IA3"), RULES).findings
     assert str(finding) == (
         "[peft_type_unsupported] peft_type: is 'IA3'; vLLM serves LORA only. "
         "Train a LoRA, or merge the adapter into its base."

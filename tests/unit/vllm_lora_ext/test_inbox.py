@@ -1,0 +1,255 @@
+"""Folders and the catalog: what is new is taken, what was said by command is never undone by a folder."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import fsspec
+import numpy as np
+import pytest
+
+from tests.conftest import BASE_CONFIG, lora_tensors
+from vllm_lora_ext import files
+from vllm_lora_ext.base_model import BaseModel
+from vllm_lora_ext.catalog import Catalog
+from vllm_lora_ext.errors import BadSetting
+from vllm_lora_ext.inbox import Inbox, Item
+from vllm_lora_ext.inspection import Inspection, Rules
+from vllm_lora_ext.publishing import publish
+from vllm_lora_ext.sources import AdapterSource, find_sources, stated_module
+
+MakeAdapter = Callable[..., Path]
+RULES = Rules(BaseModel("base", BASE_CONFIG))
+
+
+class Fleet:
+    """An adapters folder and its catalog; `restart` is what a server does when it starts."""
+
+    def __init__(self, folder: Path, state_dir: Path, rules: Rules = RULES) -> None:
+        self.folder, self.state_dir, self.rules = folder, state_dir, rules
+        folder.mkdir(exist_ok=True)
+        self.catalog = Catalog(state_dir)
+        self.inspections: dict[str, Inspection] = {}
+
+    def restart(self, rules: Rules | None = None) -> list[Item]:
+        self.catalog.close()
+        self.catalog = Catalog(self.state_dir)
+        inbox = Inbox(self.catalog, rules or self.rules)
+        items = inbox.scan(find_sources([str(self.folder)]))
+        inbox.take_all(
+            items, lambda item, inspection: self.inspections.update({item.source.name: inspection})
+        )
+        return items
+
+    def live(self, name: str) -> str:
+        return self.catalog.entry(name).live
+
+
+@pytest.fixture
+def fleet(tmp_path: Path) -> Fleet:
+    return Fleet(tmp_path / "adapters", tmp_path / "state")
+
+
+def rewrite(folder: Path, rank: int = 8) -> None:
+    """Other weights in the same place, as a training run leaves them."""
+    from safetensors.numpy import save_file
+
+    chance = np.random.default_rng(1)
+    weights = {name: chance.normal(size=value.shape) for name, value in lora_tensors(rank).items()}
+    save_file(
+        {name: value.astype(np.float32) for name, value in weights.items()},
+        folder / "adapter_model.safetensors",
+    )
+
+
+def test_a_folder_is_taken_once(fleet: Fleet, make_adapter: MakeAdapter) -> None:
+    make_adapter("a"), make_adapter("b", lora_alpha=4)
+    assert [item.is_pending for item in fleet.restart()] == [True, True]
+    revision = fleet.catalog.revision
+    assert fleet.catalog.names() == ["a", "b"]
+    assert [item.is_pending for item in fleet.restart()] == [False, False]
+    assert fleet.catalog.revision == revision, "a restart changes nothing"
+
+
+def test_a_restart_reads_no_weights(
+    fleet: Fleet, make_adapter: MakeAdapter, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    make_adapter("a")
+    fleet.restart()
+    opened: list[str] = []
+    upstream = files.RegularFile.__init__
+
+    def watched(self: files.RegularFile, path: Path, follow_links: bool = True) -> None:
+        opened.append(path.name)
+        upstream(self, path, follow_links)
+
+    monkeypatch.setattr(files.RegularFile, "__init__", watched)
+    fleet.restart()
+    assert set(opened) <= {"catalog.json"}
+
+
+def test_a_changed_folder_becomes_a_new_version(fleet: Fleet, make_adapter: MakeAdapter) -> None:
+    folder = make_adapter("a")
+    fleet.restart()
+    first = fleet.live("a")
+    rewrite(folder)
+    fleet.restart()
+    assert fleet.live("a") != first
+    assert len(fleet.catalog.entry("a").versions) == 2
+
+
+def test_a_folder_that_was_only_touched_or_copied_again_does_not(
+    fleet: Fleet, make_adapter: MakeAdapter, tmp_path: Path
+) -> None:
+    folder = make_adapter("a")
+    fleet.restart()
+    entry = fleet.catalog.entry("a")
+    shutil.copytree(folder, tmp_path / "copy")
+    shutil.rmtree(folder)
+    shutil.copytree(tmp_path / "copy", folder)
+    os.utime(folder / "adapter_model.safetensors", (1, 1))
+    fleet.restart()
+    assert fleet.catalog.entry("a") == entry
+    assert not any(item.is_pending for item in fleet.restart()), "its new times are remembered"
+
+
+def test_no_restart_undoes_a_rollback_or_a_removal(fleet: Fleet, make_adapter: MakeAdapter) -> None:
+    folder = make_adapter("a")
+    make_adapter("b", lora_alpha=4)
+    fleet.restart()
+    first = fleet.live("a")
+    rewrite(folder)
+    fleet.restart()
+    fleet.catalog.rollback("a")
+    fleet.catalog.remove(["b"])
+    fleet.restart()
+    assert fleet.live("a") == first and fleet.catalog.names() == ["a"]
+    rewrite(fleet.folder / "b")
+    fleet.restart()
+    assert fleet.catalog.names() == ["a", "b"], "a change in the folder is news"
+
+
+def test_a_folder_that_is_gone_retires_its_name_and_only_that(
+    fleet: Fleet, make_adapter: MakeAdapter, tmp_path: Path
+) -> None:
+    folder = make_adapter("a")
+    fleet.restart()
+    publish(AdapterSource("by-command", str(folder)), fleet.catalog, RULES)
+    shutil.move(folder, tmp_path / "away")
+    fleet.restart()
+    assert fleet.catalog.names() == ["by-command"]
+    shutil.move(tmp_path / "away", folder)
+    fleet.restart()
+    assert fleet.catalog.names() == ["a", "by-command"], "it came back, so it is new"
+
+
+def test_a_folder_never_overrides_a_command(fleet: Fleet, make_adapter: MakeAdapter, tmp_path: Path) -> None:
+    folder = make_adapter("a")
+    fleet.restart()
+    other = make_adapter("other", lora_alpha=4)
+    shutil.move(other, tmp_path / "other")
+    entry, _ = publish(AdapterSource("a", str(tmp_path / "other")), fleet.catalog, RULES, replace=True)
+    rewrite(folder)
+    fleet.restart()
+    assert fleet.live("a") == entry.live
+    assert [finding.code for finding in fleet.inspections["a"].findings] == ["adapter_exists"]
+    shutil.rmtree(folder)
+    fleet.restart()
+    assert fleet.live("a") == entry.live, "it does not belong to the folder any more"
+
+
+def test_a_bad_change_is_refused_and_the_old_version_serves_on(
+    fleet: Fleet, make_adapter: MakeAdapter
+) -> None:
+    folder = make_adapter("a")
+    fleet.restart()
+    first = fleet.live("a")
+    weights = (folder / "adapter_model.safetensors").read_bytes()
+    (folder / "adapter_model.safetensors").write_bytes(weights[:-10])
+    fleet.restart()
+    assert fleet.live("a") == first
+    assert [finding.code for finding in fleet.inspections["a"].findings] == ["weights_corrupt"]
+    (item,) = fleet.restart()
+    assert not item.is_pending and item.record and item.record.findings, "it is not read again and again"
+    (folder / "adapter_model.safetensors").write_bytes(weights)
+    fleet.restart()
+    assert len(fleet.catalog.entry("a").versions) == 1
+
+
+def test_a_refusal_is_looked_at_again_under_other_rules(fleet: Fleet, make_adapter: MakeAdapter) -> None:
+    make_adapter("a", use_dora=True)
+    fleet.restart()
+    assert fleet.catalog.names() == []
+    fleet.restart(Rules(RULES.base, allow=frozenset(["feature_unsupported"])))
+    assert fleet.catalog.names() == ["a"]
+
+
+def test_two_folders_with_one_name(make_adapter: MakeAdapter, fleet: Fleet) -> None:
+    one, two = make_adapter("one"), make_adapter("two", lora_alpha=4)
+    inbox = Inbox(fleet.catalog, RULES)
+    items = inbox.scan(find_sources([f"x={one}", f"X={two}", f"x={one}"]))
+    assert [item.source.path for item in items] == [str(one), str(two)]
+    inbox.take_all(items)
+    assert fleet.catalog.names() == ["x"]
+
+
+def test_when_the_source_breaks_nothing_that_serves_is_touched(
+    fleet: Fleet, make_adapter: MakeAdapter, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = make_adapter("a")
+    fleet.restart()
+    first = fleet.live("a")
+    rewrite(folder)
+
+    def broken_disk(file: int, target: memoryview) -> int:
+        raise OSError(5, "Input/output error")
+
+    with monkeypatch.context() as patch:
+        inbox = Inbox(fleet.catalog, RULES)
+        items = inbox.scan(find_sources([str(fleet.folder)]))
+        patch.setattr(files, "read_chunk", broken_disk)
+        inbox.take_all(items)
+    assert fleet.live("a") == first and fleet.catalog.store.verify(first)
+    assert list(fleet.catalog.store.root.iterdir()) == [fleet.catalog.store.root / first]
+
+
+def test_names_of_two_parts_are_folders_of_folders(fleet: Fleet, make_adapter: MakeAdapter) -> None:
+    make_adapter("org/one"), make_adapter("org/two", lora_alpha=4), make_adapter("小李", lora_alpha=5)
+    shutil.copytree(fleet.folder / "小李", fleet.folder / "小李" / "checkpoint-5")
+    fleet.restart()
+    assert fleet.catalog.names() == ["org/one", "org/two", "小李"]
+
+
+def in_memory(folder: Path, bucket: str) -> str:
+    system = fsspec.filesystem("memory")
+    for file in folder.iterdir():
+        system.pipe(f"/{bucket}/{file.name}", file.read_bytes())
+    return f"memory://{bucket}"
+
+
+def test_an_adapter_can_come_from_a_bucket(fleet: Fleet, make_adapter: MakeAdapter) -> None:
+    folder = make_adapter("a")
+    local = publish(AdapterSource("local", str(folder)), fleet.catalog, RULES)[0]
+    url = in_memory(folder, "bucket-a")
+    entry, _ = publish(AdapterSource("remote", url), fleet.catalog, RULES)
+    assert entry.live == local.live
+    assert entry.live_version.source == url
+    assert not list((fleet.state_dir / "incoming").iterdir())
+
+
+@pytest.mark.parametrize("url", ["memory://nowhere", "nonsense://x/y", "hf://no/such/adapter@main"])
+def test_a_url_that_cannot_be_had_is_named(fleet: Fleet, url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    with pytest.raises(BadSetting, match="x/y|nowhere|such|nonsense"):
+        publish(AdapterSource("x", url), fleet.catalog, RULES)
+    assert fleet.catalog.names() == [] and not fleet.catalog.store.digests()
+
+
+def test_vllms_own_module_paths_may_be_hub_ids(tmp_path: Path) -> None:
+    assert stated_module("x", "org/adapter", {}).path == "hf://org/adapter"
+    assert stated_module("x", str(tmp_path), {}).folder == tmp_path
+    assert find_sources(["x=hf://org/adapter@v1"]) == [AdapterSource("x", "hf://org/adapter@v1")]
+    assert find_sources(["hf://org/adapter@v1"]) == [AdapterSource("adapter", "hf://org/adapter@v1")]

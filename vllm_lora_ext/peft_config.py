@@ -1,0 +1,317 @@
+"""What may stand in `adapter_config.json`: types, values, and which modules it speaks of.
+
+PEFT and vLLM read `rank_pattern`, `alpha_pattern` and a `target_modules` that is one string as regular
+expressions. A tenant's expression can run for ever, so patterns have to be names, and a
+`target_modules` expression is tried with a deadline and never handed on.
+"""
+
+from __future__ import annotations
+
+import re
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
+
+from vllm_lora_ext.spec import Finding, Severity
+
+MAX_RANK = 1 << 16
+MAX_ALPHA = 1e6  # people use 1 to a few thousand
+SAVE_AGAIN = "Save it with PEFT again."
+_EXPRESSION_BUDGET_S, _MAX_EXPRESSION = 0.03, 4096
+_MAX_PATTERN_WORK = 300_000  # comparisons, about a fifth of a second
+_LITERAL_KEY = re.compile(r"\^?[\w.-]+(\|\^?[\w.-]+)*")
+_LITERAL_NAME = re.compile(r"[\w.-]+")
+
+# Config keys that vLLM cannot serve when they are switched on, with the fix.
+_PLAIN_LORA, _NO_NEW_TOKENS = (
+    "Train an ordinary LoRA.",
+    "Train without new tokens, or merge it into its base.",
+)
+_UNSUPPORTED = {
+    "use_dora": "Train without DoRA, or merge the adapter into its base.",
+    "lora_bias": "Train with lora_bias=False.",
+    "trainable_token_indices": _NO_NEW_TOKENS,
+    "layer_replication": "Train without layer_replication.",
+    **dict.fromkeys(
+        ("alora_invocation_tokens", "use_bdlora", "use_qalora", "arrow_config", "kasa_config"), _PLAIN_LORA
+    ),
+    **dict.fromkeys(("velora_config", "monteclora_config", "megatron_config"), _PLAIN_LORA),
+}
+# These only choose the first weights of the adapter (vllm/lora/peft_helper.py).
+_HARMLESS_INITS = ("gaussian", "eva", "orthogonal", "mica", "lora_ga")
+# Heads that vLLM takes whole from an adapter of a classification model (same file).
+SERVED_HEADS = ("classifier", "score")
+_TASKS = ("SEQ_CLS", "SEQ_2_SEQ_LM", "CAUSAL_LM", "TOKEN_CLS", "QUESTION_ANS", "FEATURE_EXTRACTION")
+
+
+def _is_names(value: Any) -> bool:
+    return isinstance(value, list) and all(isinstance(item, str) and item for item in value)
+
+
+def _is_whole(value: Any) -> bool:
+    return type(value) is int
+
+
+_WANTED: dict[str, tuple[str, Callable[[Any], bool]]] = {
+    **dict.fromkeys(
+        (
+            *("fan_in_fan_out", "use_rslora", "use_dora", "inference_mode", "lora_bias", "use_qalora"),
+            "ensure_weight_tying",
+        ),
+        ("true or false", lambda value: isinstance(value, bool)),
+    ),
+    **dict.fromkeys(
+        ("base_model_name_or_path", "revision", "peft_version", "megatron_core"),
+        ("a text", lambda value: isinstance(value, str)),
+    ),
+    **dict.fromkeys(
+        ("modules_to_save", "target_parameters"), ("a list of names", _is_names)
+    ),
+    **dict.fromkeys(
+        ("exclude_modules", "layers_pattern"),
+        ("a text or a list of names", lambda value: isinstance(value, str) or _is_names(value)),
+    ),
+    "layers_to_transform": (
+        "a whole number or a list of them",
+        lambda value: _is_whole(value) or (isinstance(value, list) and all(map(_is_whole, value))),
+    ),
+    "lora_dropout": ("a number from 0 to 1", lambda value: type(value) in (int, float) and 0 <= value <= 1),
+    "task_type": (f"one of {', '.join(_TASKS)}", lambda value: value in _TASKS),
+    "init_lora_weights": ("a text, true or false", lambda value: isinstance(value, bool | str)),
+    **dict.fromkeys(
+        ("auto_mapping", "loftq_config", "eva_config", "corda_config", "lora_ga_config"),
+        ("an object", lambda value: isinstance(value, dict)),
+    ),
+}  # fmt: skip
+_NULL_REFUSED = ("lora_dropout", "inference_mode", "use_rslora", "fan_in_fan_out")
+_JUDGED_ELSEWHERE = (
+    *("peft_type", "r", "lora_alpha", "bias", "target_modules", "rank_pattern", "alpha_pattern"),
+    *("runtime_config", "qalora_group_size", *_UNSUPPORTED),
+)
+
+
+def judge_config(config: Mapping[str, Any]) -> list[Finding]:
+    """Everything in the config that PEFT would not load or vLLM cannot serve."""
+    findings = []
+    if config.get("peft_type") != "LORA":
+        rule = f"is {shown(config.get('peft_type'))}; vLLM serves LORA only"
+        fix = "Train a LoRA, or merge the adapter into its base."
+        findings.append(Finding("peft_type_unsupported", "peft_type", rule, fix))
+    if not is_rank(config.get("r")):
+        rule = f"must be a whole number of at least 1, is {shown(config.get('r'))}"
+        findings.append(Finding("rank_invalid", "r", rule, SAVE_AGAIN))
+    findings += _judge_alpha("lora_alpha", config.get("lora_alpha"))
+    findings += _judge_types(config)
+    findings += _judge_features(config)
+    return findings + judge_patterns(config) + _judge_targets(config)
+
+
+def _judge_alpha(item: str, alpha: Any) -> list[Finding]:
+    if type(alpha) in (int, float) and alpha == 0:
+        rule = "is 0, so the adapter changes nothing"
+        return [Finding("alpha_no_effect", item, rule, "Set the alpha that it was trained with.")]
+    if type(alpha) not in (int, float) or not 0 < alpha <= MAX_ALPHA:
+        rule = f"must be a number above 0 and at most {MAX_ALPHA:.0f}, is {shown(alpha)}"
+        return [Finding("alpha_invalid", item, rule, SAVE_AGAIN)]
+    return []
+
+
+def _judge_types(config: Mapping[str, Any]) -> list[Finding]:
+    findings = []
+    for key, value in config.items():
+        if key in _JUDGED_ELSEWHERE:
+            continue
+        if key not in _WANTED:
+            if value:
+                rule = f"is a setting that we do not know, {shown(value)}"
+                fix = "If it changes what the adapter computes, it is not served as trained."
+                findings.append(Finding("setting_unknown", shown(key), rule, fix, Severity.UNPROVEN))
+            continue
+        wanted, fits = _WANTED[key]
+        if (value is None and key not in _NULL_REFUSED) or fits(value):
+            continue
+        findings.append(Finding("config_invalid", key, f"must be {wanted}, is {shown(value)}", SAVE_AGAIN))
+    return findings
+
+
+def _judge_features(config: Mapping[str, Any]) -> list[Finding]:
+    findings = []
+    if config.get("bias", "none") != "none":
+        rule = f"is {shown(config['bias'])}; vLLM serves adapters without trained biases only"
+        findings.append(Finding("feature_unsupported", "bias", rule, "Train with bias='none'."))
+    for key, fix in _UNSUPPORTED.items():
+        if config.get(key):
+            code = "vocab_unsupported" if fix is _NO_NEW_TOKENS else "feature_unsupported"
+            findings.append(Finding(code, key, "is set, and vLLM cannot serve it", fix))
+    heads = config.get("modules_to_save") or []
+    if _is_names(heads) and (others := sorted(set(heads) - set(SERVED_HEADS))):
+        rule = f"holds {shown(others)}; vLLM takes whole modules of classification heads only"
+        fix = "Train without modules_to_save, or merge the adapter into its base."
+        findings.append(Finding("feature_unsupported", "modules_to_save", rule, fix))
+    init = config.get("init_lora_weights")
+    if isinstance(init, str) and init not in _HARMLESS_INITS and init.lower() != "gaussian":
+        rule = f"is {shown(init)}, which changed the base during training"
+        fix = "Save it with path_initial_model_for_weight_conversion, which makes a plain LoRA."
+        findings.append(Finding("init_unsupported", "init_lora_weights", rule, fix))
+    if init == "orthogonal" and is_rank(config.get("r")) and config["r"] % 2:
+        rule = f"is 'orthogonal', which needs an even rank; r is {config['r']}"
+        findings.append(Finding("rank_invalid", "init_lora_weights", rule, SAVE_AGAIN))
+    return findings
+
+
+def judge_patterns(config: Mapping[str, Any]) -> list[Finding]:
+    """Names, `a|b` and a leading `^` are all that a pattern needs; anything more is refused unread."""
+    findings: list[Finding] = []
+    for name in ("rank_pattern", "alpha_pattern"):
+        pattern = config.get(name)
+        if pattern is None:
+            continue
+        if not isinstance(pattern, dict):
+            rule = f"must be an object, is {shown(pattern)}"
+            findings.append(Finding("pattern_unsupported", name, rule, SAVE_AGAIN))
+            continue
+        for key, value in pattern.items():
+            if not _LITERAL_KEY.fullmatch(key):
+                rule = f"key {shown(key)} is more than module names"
+                fix = "Write the names of the modules, as PEFT's own examples do."
+                findings.append(Finding("pattern_unsupported", name, rule, fix))
+            elif name == "alpha_pattern":
+                findings += _judge_alpha(f"alpha_pattern {key[:80]}", value)
+            elif not is_rank(value):
+                rule = f"{key[:80]} must be a whole number of at least 1, is {shown(value)}"
+                findings.append(Finding("rank_invalid", name, rule, SAVE_AGAIN))
+    return findings
+
+
+def resolve_pattern(pattern: Mapping[str, Any], modules: Sequence[str]) -> dict[str, Any]:
+    """A checked pattern as module -> value; the first key that matches wins (PEFT's `get_pattern_key`).
+
+    Raises:
+        ValueError: so many keys and modules that this would take seconds.
+    """
+    if len(pattern) * len(modules) > _MAX_PATTERN_WORK:
+        raise ValueError(
+            f"has {len(pattern)} keys for {len(modules)} modules, which is too much to go through"
+        )
+    found: dict[str, Any] = {}
+    for key, value in pattern.items():
+        expression = re.compile(rf"(.*\.)?({key})$")
+        for module in modules:
+            if module not in found and expression.match(pattern_name(module)):
+                found[module] = value
+    return found
+
+
+def pattern_name(module: str) -> str:
+    """What patterns call a module: fused experts go by their parameters (vllm/lora/peft_helper.py)."""
+    if module.endswith(".experts.base_layer"):
+        return module.removesuffix("base_layer") + "gate_up_proj"
+    return module + ".down_proj" if module.endswith(".experts") else module
+
+
+def _judge_targets(config: Mapping[str, Any]) -> list[Finding]:
+    targets, layers = config.get("target_modules"), config.get("layers_to_transform")
+    pattern = config.get("layers_pattern")
+    findings = []
+    named = (isinstance(targets, str) and targets) or (_is_names(targets) and targets)
+    if not named and not (targets is None and config.get("target_parameters")):
+        rule = f"must name the modules, is {shown(targets)}"
+        findings.append(Finding("target_modules_invalid", "target_modules", rule, SAVE_AGAIN))
+    if isinstance(targets, str) and (layers is not None or pattern is not None):
+        rule = "is one text, so layers_to_transform and layers_pattern must not be set"
+        findings.append(Finding("target_modules_invalid", "target_modules", rule, SAVE_AGAIN))
+    if pattern and layers is None:
+        rule = "is set without layers_to_transform"
+        findings.append(Finding("target_modules_invalid", "layers_pattern", rule, SAVE_AGAIN))
+    names: list[str] = pattern if isinstance(pattern, list) and _is_names(pattern) else []
+    if isinstance(pattern, str) and pattern:
+        names = [pattern]
+    if not all(map(_LITERAL_NAME.fullmatch, names)):
+        rule = f"{shown(pattern)} is more than names"
+        fix = "Write the name of the list of layers, for example 'layers'."
+        findings.append(Finding("pattern_unsupported", "layers_pattern", rule, fix))
+    return findings
+
+
+def untargeted(config: Mapping[str, Any], modules: Sequence[str]) -> list[str]:
+    """The modules that PEFT would not load, because the config does not target them.
+
+    The rule is PEFT's own (peft/tuners/tuners_utils.py, `check_target_module_exists`). An
+    expression that takes too long targets everything: nobody here runs it again.
+    """
+    targets, excluded = config.get("target_modules"), config.get("exclude_modules")
+    heads = config.get("modules_to_save") or ()
+    parameters = tuple(config.get("target_parameters") or ())
+    names = [module for module in modules if not (parameters and ".experts" in module)]
+    hit = _selected(targets, names)
+    missed = _selected(excluded, names) if excluded else set()
+    return [
+        name
+        for name in names
+        if name not in hit
+        or name in missed
+        or any(head in name.split(".") for head in heads)
+        or (isinstance(targets, list) and name not in targets and not _is_layer_targeted(config, name))
+    ]
+
+
+def _selected(targets: Any, modules: Iterable[str]) -> set[str]:
+    """The modules that a list of names or an expression selects; all of them if it cannot be told in time."""
+    if isinstance(targets, list):
+        wanted = set(targets)
+        return {m for m in modules if any(suffix in wanted for suffix in dotted_suffixes(m))}
+    if not isinstance(targets, str):
+        return set()
+    if targets.lower() == "all-linear":
+        return set(modules)
+    if len(targets) > _MAX_EXPRESSION:
+        return set(modules)
+    import regex  # unlike re, it can be given a deadline
+
+    selected, deadline = set(), time.monotonic() + _EXPRESSION_BUDGET_S
+    try:
+        expression = regex.compile(targets)
+        for module in modules:
+            if expression.fullmatch(module, timeout=max(0.001, deadline - time.monotonic())):
+                selected.add(module)
+    except TimeoutError:
+        return set(modules)
+    except (regex.error, RecursionError, OverflowError):
+        return set()
+    return selected
+
+
+def _is_layer_targeted(config: Mapping[str, Any], module: str) -> bool:
+    layers, pattern = config.get("layers_to_transform"), config.get("layers_pattern")
+    if layers is None or layers == []:
+        return True
+    patterns = [pattern] if isinstance(pattern, str) else pattern
+    if patterns:
+        found = [re.match(rf"(?:^|.*?\.){re.escape(name)}\.(\d+)\.", module) for name in patterns]
+        match = next((item for item in found if item), None)
+    else:
+        match = re.match(r".*?\.[^.]*\.(\d+)\.", module)
+    if match is None:
+        return False
+    return int(match[1]) in (layers if isinstance(layers, list) else [layers])
+
+
+def dotted_suffixes(module: str) -> Iterable[str]:
+    """`a.b.c`, `b.c`, `c`: what a name in a config may call a module by."""
+    while module:
+        yield module
+        module = module.partition(".")[2]
+
+
+def is_rank(value: object) -> bool:
+    """A whole number that can be a rank."""
+    return type(value) is int and 1 <= value <= MAX_RANK
+
+
+def shown(value: object) -> str:
+    """A value of somebody else's as it may stand in a message: printable, and not endless."""
+    try:
+        text = repr(value)
+    except ValueError:  # a whole number of thousands of digits
+        return "a number without end"
+    return text if len(text) <= 60 else text[:57] + "..."
