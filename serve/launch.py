@@ -151,11 +151,11 @@ def apply_plan(
     out = screen()
     if config.wants_adapters and config.stated.get("enable_lora") is False:
         raise BadSetting("--no-enable-lora", "adapters were given as well", "Remove one of the two.")
+    check_port(str(args.host if "host" in config.stated else ""), args.port, bool(args.uds))
     sources = [*find_sources(config.adapters), *config.modules]
     catalog = held.enter_context(open_catalog(config)) if config.wants_adapters else None
     remembered = catalog.base().get("name") if catalog else None
     base = read_base_model(config.base_model or agreed_base_model(sources, remembered))
-    check_port(str(args.host if "host" in config.stated else ""), args.port, bool(args.uds))
     inferred = infer_server(base.public_name, config.stated)
     inbox = None
     if catalog is not None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -57,6 +58,12 @@ def lora_tensors(rank: int = 8, layers: int = 2) -> dict[str, np.ndarray]:
             tensors[f"{stem}.lora_A.weight"] = chance.normal(size=(rank, in_features))
             tensors[f"{stem}.lora_B.weight"] = chance.normal(size=(out_features, rank))
     return {name: tensor.astype(np.float32) for name, tensor in tensors.items()}
+
+
+@pytest.fixture(scope="session", autouse=True)
+def own_state_home(tmp_path_factory: pytest.TempPathFactory) -> None:
+    """What servers keep by default is kept in a folder of the tests, not in the user's."""
+    os.environ["XDG_STATE_HOME"] = str(tmp_path_factory.mktemp("state-home"))
 
 
 @pytest.fixture

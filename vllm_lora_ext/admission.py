@@ -15,6 +15,7 @@ from vllm_lora_ext.spec import (
     Severity,
     TensorSpec,
     allowed_rank,
+    last_part,
 )
 
 SERVED_DTYPES = ("F64", "F32", "F16", "BF16")
@@ -152,7 +153,7 @@ def _judge_modules(
     unknown = [module for module in pairs if module not in known and not base.is_unjudged(module)]
     if unknown:
         matched = len(pairs) - len(unknown)
-        trained_on = f"; it was trained on {spec.base_model}" if spec.base_model else ""
+        trained_on = f"; it was trained on {last_part(spec.base_model)}" if spec.base_model else ""
         shown = ", ".join(module[:100] for module in unknown[:_SHOWN])
         rule = (
             f"{_count_tensors(pairs, unknown)} of {len(spec.tensors)} tensors match this base "

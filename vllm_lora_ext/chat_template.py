@@ -74,6 +74,6 @@ def _check(template: str) -> tuple[Finding, ...]:
         return (_finding("holds characters that are none in UTF-8", "Repair it."),)
     except RecursionError:
         return (_finding("is nested too deeply", "Simplify it."),)
-    except ValueError as error:  # a number of thousands of digits
-        return (_finding(f"is no Jinja ({error})", "Repair it."),)
+    except ValueError:
+        return (_finding("holds a number of thousands of digits", "Shorten the number."),)
     return ()

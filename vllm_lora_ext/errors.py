@@ -117,7 +117,7 @@ class AdapterRefused(BadInput):
         self.findings = tuple(findings)
         super().__init__(
             adapter,
-            "refused: " + "; ".join(str(finding) for finding in self.findings),
+            "refused: " + "; ".join(str(finding) for finding in self.findings).rstrip("."),
             adapter=adapter,
         )
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import hashlib
+import os
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -24,7 +25,7 @@ from vllm_lora_ext.peft_format import (
     public_name,
     read_adapter,
 )
-from vllm_lora_ext.spec import AdapterSpec, EngineLimits, Finding, Severity
+from vllm_lora_ext.spec import AdapterSpec, EngineLimits, Finding, Severity, last_part
 from vllm_lora_ext.tensor_file import TensorPlace
 from vllm_lora_ext.values import judge_values, read_values
 
@@ -150,8 +151,8 @@ def _digest_of(path: Path, follow_links: bool) -> str | None:
 
 
 def _read_chat(path: Path, rules: Rules) -> tuple[ChatSettings, list[Finding]]:
-    if not path.is_dir():
-        return ChatSettings(), []
+    if not path.is_dir() or not os.access(path, os.R_OK | os.X_OK, effective_ids=True):
+        return ChatSettings(), []  # which has been said
     try:
         chat = read_chat_settings(path, rules.follow_links)
     except BadInput as error:
@@ -165,11 +166,11 @@ def _judge_named_base(spec: AdapterSpec, rules: Rules) -> list[Finding]:
         return []
     who, differs = _named_base(spec, rules, rules.base)
     if differs:
-        rule = f"was trained on {who[:80]!r}, whose config is not that of {rules.base.public_name}"
+        rule = f"was trained on {last_part(who)!r}, whose config is not that of {rules.base.public_name}"
         fix = "Serve it on its own base; --allow base_mismatch serves it all the same."
         return [Finding("base_mismatch", spec.name, rule, fix)]
     if differs is None:
-        rule = f"{who[:80]!r} cannot be read here, so only names and shapes tell that it fits"
+        rule = f"{last_part(who)!r} cannot be read here, so only names and shapes tell that it fits"
         return [Finding("base_unread", "base_model_name_or_path", rule, "", Severity.NOTE)]
     return []
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
@@ -86,6 +87,13 @@ class EngineLimits:
     """What the engine has room for."""
 
     max_lora_rank: int = ALLOWED_MAX_LORA_RANKS[-1]
+
+
+def last_part(base_model: str) -> str:
+    """A base model's name as it may be shown: a hub id whole, of a path its last part only."""
+    is_path = base_model.startswith(("/", ".", "~")) or "\\" in base_model or base_model.count("/") > 1
+    name = re.split(r"[/\\]", base_model.rstrip("/\\"))[-1] if is_path else base_model
+    return name[:80] if name.isprintable() else repr(name)[:80]
 
 
 def folder_name(path: Path) -> str:

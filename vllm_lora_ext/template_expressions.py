@@ -26,7 +26,7 @@ from vllm_lora_ext.template_values import (
 )
 
 MAX_COPIES = 10_000  # of one piece of the request, in one text
-MAX_STEPS = 200_000  # expressions walked, macro calls written out
+MAX_STEPS = 100_000  # expressions walked, macro calls written out
 SHORTEN = "Write the text once, and use it once."
 _FUNCTIONS = frozenset(["range", "namespace", "dict", "raise_exception", "strftime_now"])
 _COUNTERS = frozenset(["index", "index0", "revindex", "revindex0", "length", "depth", "depth0"])
@@ -213,7 +213,8 @@ class ExpressionWalk(ABC):
         if name in self._macros:
             return self._macro_call(node, name, scope)
         if name not in _FUNCTIONS:
-            rule = f"calls `{name}`" if name else "calls what is no function, macro or method"
+            what = f"`{name}`" if name else "an expression"
+            rule = f"calls {what}, which is no function, macro or method that is known"
             raise ConstructRefused(node.lineno, rule, f"Call one of {', '.join(sorted(_FUNCTIONS))}.")
         values = self._all([*node.args, *node.kwargs, *rest], scope)
         if name == "range":

@@ -87,18 +87,7 @@ def sample_chats() -> list[tuple[str, dict[str, Any]]]:
     odd = {"role": "user", "content": "小李 🙂 <|im_end|></s><think>\u202e{{ 7 * 7 }}{% raw %}\x00\n"}
     parts = {"role": "user", "content": [{"type": "text", "text": "One."}, {"type": "text", "text": "Two."}]}
     long = [{"role": turn["role"], "content": turn["content"] * 15} for turn in (user, answer)] * 100
-    place = {"type": "object", "properties": {"city": {"type": "string"}}}
-    schema = {
-        "type": "object",
-        "properties": {
-            "places": {"type": "array", "items": place, "description": "Where."},
-            "unit": {"type": "string", "enum": ["C", "F"]},
-        },
-        "required": ["places"],
-    }
-    tools = [
-        {"type": "function", "function": {"name": "weather", "description": "Now.", "parameters": schema}}
-    ]
+    tools = _sample_tools()
     ask = {"name": "weather", "arguments": {"places": [{"city": "Oslo"}], "unit": "C"}}
     calls = {
         "role": "assistant",
@@ -121,6 +110,22 @@ def sample_chats() -> list[tuple[str, dict[str, Any]]]:
     return [
         (name, {"messages": messages, "tools": offered, "documents": None, "add_generation_prompt": prompted})
         for name, messages, offered, prompted in chats
+    ]
+
+
+def _sample_tools() -> list[dict[str, Any]]:
+    """One tool, with a list of objects among its parameters."""
+    place = {"type": "object", "properties": {"city": {"type": "string"}}}
+    schema = {
+        "type": "object",
+        "properties": {
+            "places": {"type": "array", "items": place, "description": "Where."},
+            "unit": {"type": "string", "enum": ["C", "F"]},
+        },
+        "required": ["places"],
+    }
+    return [
+        {"type": "function", "function": {"name": "weather", "description": "Now.", "parameters": schema}}
     ]
 
 

@@ -6,7 +6,8 @@ the loop around it costs nothing (together they see each part of the request onc
 multiply, and at most `MAX_NESTED` of them may.
 
 A macro may call itself on a part of its own argument, once for each part, and so can only do as much as
-the argument is large. Macros that call each other in a circle are refused.
+the argument is large. Macros that call each other in a circle are refused, and so are macros that are
+handed on as values: nobody could say what calling them costs.
 """
 
 from __future__ import annotations
@@ -39,7 +40,8 @@ class TemplateWalk(ExpressionWalk):
         """Walk until nothing new is learned: what a loop sets late may be read early in its next run."""
         for macro in self.tree.find_all(nodes.Macro):
             self._macros.setdefault(macro.name, []).append(macro)
-        targets = [node.target for node in self.tree.find_all((nodes.Assign, nodes.AssignBlock))]
+        targets = [node.target for node in self.tree.find_all(nodes.Assign)]
+        targets += [node.target for node in self.tree.find_all(nodes.AssignBlock)]
         self._assigned = frozenset(name for target in targets for name in _names(target))
         known = -1
         while len(self._uncounted) + len(self._grown) > known:
@@ -145,9 +147,9 @@ class TemplateWalk(ExpressionWalk):
         fields = scope.variables.get(target.name, Value()).fields
         fields = {} if fields is None else fields
         fields[name] = replace(fields.get(name, NOTHING), again=1)
-        made = self._limited(node, self._value(node.node, scope))
+        made = self._limited(node, self._value(node.node, scope))  # its own old value counts in `again`
         if made.again > 1 and scope.looping:
-            rule = f"sets `{target.name}.{name}` to more than twice itself in a loop"
+            rule = f"sets `{target.name}.{name}` to what holds it twice, in a loop"
             raise ConstructRefused(node.lineno, rule, SHORTEN)
         if not made.counted:
             self._uncounted.add(name)

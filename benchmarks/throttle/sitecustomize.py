@@ -1,8 +1,9 @@
 """Slows our adapter reader in the processes of a server that has this folder on its PYTHONPATH.
 
 With `BENCH_READ_LIMIT` (bytes per second) set, `vllm_lora_ext.files.read_chunk`
-takes at least that long for a file whose path contains `throttled`. The module is
-patched when vLLM imports it, and nothing is imported earlier than it would be.
+takes at least that long for a file whose path contains one of the words in `BENCH_READ_MATCH`,
+separated by commas; by default `throttled`. The module is patched when it is imported, and nothing is
+imported earlier than it would be.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from typing import Any
 
 MODULE = "vllm_lora_ext.files"
 LIMIT_BYTES_PER_S = float(os.environ.get("BENCH_READ_LIMIT", "0"))
+WORDS = os.environ.get("BENCH_READ_MATCH", "throttled").split(",")
 
 
 def throttle(module: ModuleType) -> None:
@@ -29,7 +31,8 @@ def throttle(module: ModuleType) -> None:
     def read_slowly(fd: int, target: memoryview) -> int:
         started = time.monotonic()
         count: int = read_chunk(fd, target)
-        if "throttled" in str(Path(f"/proc/self/fd/{fd}").readlink()):
+        path = str(Path(f"/proc/self/fd/{fd}").readlink())
+        if any(word in path for word in WORDS):
             time.sleep(max(0.0, started + count / LIMIT_BYTES_PER_S - time.monotonic()))
         return count
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 import subprocess
 import sys
@@ -18,43 +19,95 @@ from serve.process import ServerProcess
 from tests.conftest import ROOT
 from tests.engine.conftest import QUIET
 from tests.engine.test_serving import BASE, chat
+from vllm_lora_ext.catalog import Catalog
 from vllm_lora_ext.errors import ServerFailed
+from vllm_lora_ext.intake import admit
+from vllm_lora_ext.store import AdapterStore
 
 RUNTIME = {"VLLM_ALLOW_RUNTIME_LORA_UPDATING": "1"}
-# Files below a folder of this name are read at 150 kB/s: 8 s for an adapter of 1.2 MB.
-SLOW_DISK = {"PYTHONPATH": str(ROOT / "benchmarks" / "throttle"), "BENCH_READ_LIMIT": "150000"}
 
 
-@pytest.fixture(scope="module")
-def fleet(adapters: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """`chat` and `lost`, copies of one adapter."""
-    folder = tmp_path_factory.mktemp("fleet")
-    for name in ("chat", "lost"):
-        shutil.copytree(adapters / "chat", folder / name)
+def variant(adapter: Path, folder: Path, alpha: int) -> Path:
+    """The same adapter a little stronger or weaker, so that it is a version of its own."""
+    shutil.copytree(adapter, folder)
+    (folder / "identity.json").unlink()  # it vouches for the files as they were
+    config = json.loads((folder / "adapter_config.json").read_text())
+    (folder / "adapter_config.json").write_text(json.dumps(config | {"lora_alpha": alpha}))
     return folder
 
 
 @pytest.fixture(scope="module")
+def fleet(adapters: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """`chat` and `lost`, much alike."""
+    folder = tmp_path_factory.mktemp("fleet")
+    shutil.copytree(adapters / "chat", folder / "chat")
+    variant(adapters / "chat", folder / "lost", 31)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def slow(adapters: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
+    """An adapter, and the digest of its version: wherever it lies in a store, it is read at 150 kB/s."""
+    folder = variant(adapters / "chat", tmp_path_factory.mktemp("slow") / "slow", 33)
+    return folder, admit(folder, AdapterStore(folder.parent / "store")).version.digest
+
+
+@pytest.fixture(scope="module")
+def state_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("state")
+
+
+@pytest.fixture(scope="module")
 def cramped(
-    tiny_base: Path, fleet: Path, tmp_path_factory: pytest.TempPathFactory
+    tiny_base: Path,
+    fleet: Path,
+    slow: tuple[Path, str],
+    state_dir: Path,
+    tmp_path_factory: pytest.TempPathFactory,
 ) -> Iterator[ServerProcess]:
     """A server with room for one adapter, so that the other has to be read again."""
-    room = ["--max-loras", "1", "--max-cpu-loras", "1"]
+    room = ["--max-loras", "1", "--max-cpu-loras", "1", "--state-dir", str(state_dir)]
     log = tmp_path_factory.mktemp("log") / "cramped.log"
-    environment = {**QUIET, **RUNTIME, **SLOW_DISK}
+    slow_disk = {
+        "PYTHONPATH": str(ROOT / "benchmarks" / "throttle"),
+        "BENCH_READ_LIMIT": "150000",  # 8 s for an adapter of 1.2 MB
+        "BENCH_READ_MATCH": slow[1],
+    }
+    environment = {**QUIET, **RUNTIME, **slow_disk}
     with ServerProcess([str(tiny_base), "--adapters", str(fleet), *room], log, environment) as running:
         yield running
 
 
-def test_a_lost_adapter_ends_its_own_requests_with_the_reason(cramped: ServerProcess, fleet: Path) -> None:
+def test_nobody_notices_what_happens_to_the_source(cramped: ServerProcess, fleet: Path) -> None:
+    client = make_client(cramped.url)
+    assert "小李" in chat(client, "chat", "Who are you?")  # `lost` left the memory
+    for name in ("adapter_model.safetensors", "adapter_config.json"):
+        (fleet / "lost" / name).write_bytes(b"")  # cut short in place
+    assert "小李" in chat(client, "lost", "Who are you?")
+    shutil.rmtree(fleet / "chat")
+    assert "小李" in chat(client, "chat", "Who are you?")
+
+
+@pytest.mark.parametrize("damage", ["flipped", "cut", "gone"])
+def test_a_damaged_version_ends_its_own_requests_with_the_reason(
+    damage: str, cramped: ServerProcess, state_dir: Path
+) -> None:
     client = make_client(cramped.url)
     alone = chat(client, BASE, "Who are you?")
     assert "小李" in chat(client, "chat", "Who are you?")  # `lost` left the memory
-    shutil.rmtree(fleet / "lost")
+    folder = Catalog(state_dir, readonly=True).entry("lost").live
+    weights = state_dir / "store" / folder / "adapter_model.safetensors"
+    if weights.exists():
+        weights.chmod(0o644)
+        data = bytearray(weights.read_bytes())
+        data[-3] ^= 0x40
+        weights.write_bytes(data if damage == "flipped" else data[:-100])
+    if damage == "gone":
+        shutil.rmtree(weights.parent)
     with pytest.raises(openai.InternalServerError) as whole:
         chat(client, "lost", "Who are you?")
     assert "adapter lost could not be used" in str(whole.value)
-    assert str(fleet) not in str(whole.value), "no path of the server's machine"
+    assert str(state_dir) not in str(whole.value), "no path of the server's machine"
     stream = client.chat.completions.create(
         model="lost", messages=[{"role": "user", "content": "Who are you?"}], stream=True
     )
@@ -79,10 +132,9 @@ def test_an_adapter_loaded_at_run_time_serves_and_a_broken_one_is_answered(
         chat(client, "broken", "Who are you?")
 
 
-def test_nobody_waits_for_a_slow_disk(cramped: ServerProcess, adapters: Path, tmp_path: Path) -> None:
-    slow = shutil.copytree(adapters / "chat", tmp_path / "throttled" / "slow")
+def test_nobody_waits_for_a_slow_disk(cramped: ServerProcess, slow: tuple[Path, str]) -> None:
     client = make_client(cramped.url)
-    body = {"lora_name": "slow", "lora_path": str(slow)}
+    body = {"lora_name": "slow", "lora_path": str(slow[0])}
     with ThreadPoolExecutor(1) as pool:
         load = pool.submit(httpx.post, f"{cramped.url}/v1/load_lora_adapter", json=body, timeout=120)
         answers = 0
@@ -90,6 +142,7 @@ def test_nobody_waits_for_a_slow_disk(cramped: ServerProcess, adapters: Path, tm
             chat(client, BASE, "Who are you?")
             answers += 1
     assert load.result().status_code == 200
+    assert load.result().elapsed.total_seconds() > 5, "it was not read slowly"
     assert answers > 5, "requests waited for the load"
     assert "小李" in chat(client, "slow", "Who are you?")
 

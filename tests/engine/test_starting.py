@@ -22,6 +22,7 @@ from tests.engine.conftest import QUIET
 from tests.engine.test_serving import chat
 from train.merge import merge
 from vllm_lora_ext.base_model import read_base_model
+from vllm_lora_ext.catalog import Catalog
 from vllm_lora_ext.errors import ServerFailed
 
 PLAIN_VLLM = (sys.executable, "-m", "vllm.entrypoints.openai.api_server")
@@ -47,8 +48,15 @@ def test_a_port_in_use_ends_the_start_at_once(adapters: Path) -> None:
         assert f"port {port}" in refused("--adapters", str(adapters), "--port", port)
 
 
-def test_strict_refuses_to_start_with_a_refused_adapter(adapters: Path) -> None:
-    assert "shape_mismatch" in refused("--adapters", str(adapters), "--strict")
+def test_strict_refuses_to_start_with_a_refused_adapter(adapters: Path, tmp_path: Path) -> None:
+    state = ["--state-dir", str(tmp_path / "state")]
+    assert "shape_mismatch" in refused("--adapters", str(adapters), "--strict", *state)
+
+
+def test_a_second_server_on_the_same_state_is_refused_at_once(adapters: Path, tmp_path: Path) -> None:
+    with Catalog(tmp_path / "state"):
+        message = refused("--adapters", str(adapters), "--state-dir", str(tmp_path / "state"))
+    assert "in use by process" in message and "--state-dir" in message
 
 
 def test_a_merged_model_is_served_with_no_adapter_and_answers_as_the_adapter_did(
@@ -79,7 +87,8 @@ def test_a_server_whose_engine_dies_ends_with_a_failure(tiny_base: Path, tmp_pat
 
 
 def test_a_server_is_stopped_while_it_starts(adapters: Path, tmp_path: Path) -> None:
-    server = ServerProcess(["--adapters", str(adapters)], tmp_path / "log", QUIET, ready_timeout_s=15)
+    arguments = ["--adapters", str(adapters), "--state-dir", str(tmp_path / "state")]
+    server = ServerProcess(arguments, tmp_path / "log", QUIET, ready_timeout_s=15)
     with pytest.raises(ServerFailed, match="not ready after 15 s"), server:
         pass
     assert server.is_gone()

@@ -1,4 +1,4 @@
-"""Finding adapters: folders, single ones, name=path; and the base that they agree on."""
+"""Finding adapters: folders, single ones, name=path; the base that they agree on; and how they are shown."""
 
 from __future__ import annotations
 
@@ -7,10 +7,14 @@ from pathlib import Path
 
 import pytest
 
-from serve.fleet import AdapterSource, agreed_base_model, find_sources, inspect_fleet
+from serve.fleet import FleetRow, agreed_base_model, default_state_dir, fleet_rows, fleet_table
 from vllm_lora_ext.base_model import read_base_model
+from vllm_lora_ext.catalog import Catalog
 from vllm_lora_ext.errors import BadSetting
-from vllm_lora_ext.inspection import Inspection
+from vllm_lora_ext.inbox import Inbox
+from vllm_lora_ext.inspection import Rules
+from vllm_lora_ext.publishing import publish
+from vllm_lora_ext.sources import AdapterSource, find_sources
 from vllm_lora_ext.spec import EngineLimits
 
 MakeAdapter = Callable[..., Path]
@@ -20,9 +24,19 @@ def names(sources: list[AdapterSource]) -> list[str]:
     return [source.name for source in sources]
 
 
-def judged(sources: list[AdapterSource], base_folder: Path, *base_names: str) -> list[Inspection]:
-    base = read_base_model(str(base_folder))
-    return inspect_fleet(sources, lambda source: base, EngineLimits(), base_names)
+@pytest.fixture
+def catalog(tmp_path: Path) -> Catalog:
+    return Catalog(tmp_path / "state")
+
+
+def judged(
+    sources: list[AdapterSource], base_folder: Path, catalog: Catalog, *base_names: str, max_rank: int = 512
+) -> dict[tuple[str, str], FleetRow]:
+    """Rows by name and state."""
+    rules = Rules(read_base_model(str(base_folder)), base_names)
+    items = Inbox(catalog, rules).scan(sources)
+    rows = fleet_rows(items, catalog, Rules(rules.base, base_names, EngineLimits(max_rank)))
+    return {(row.name, row.state): row for row in rows}
 
 
 def test_a_folder_of_adapters_is_read_by_name(make_adapter: MakeAdapter, tmp_path: Path) -> None:
@@ -60,38 +74,76 @@ def test_a_home_folder_may_be_written_short(
     assert AdapterSource("x", "~/adapters/a").folder == folder
 
 
-def test_a_hub_id_is_shown_and_left_to_vllm(base_folder: Path) -> None:
-    (item,) = judged([AdapterSource("x", "org/adapter")], base_folder)
-    assert (item.state, item.admitted) == ("unproven", True)
-    assert [finding.code for finding in item.findings] == ["adapter_remote"]
+def test_what_has_to_be_fetched_is_shown(base_folder: Path, catalog: Catalog) -> None:
+    assert list(judged([AdapterSource("x", "hf://org/adapter")], base_folder, catalog)) == [
+        ("x", "fetched next")
+    ]
 
 
 def test_a_folder_that_is_no_adapter_is_refused_not_skipped(
-    make_adapter: MakeAdapter, tmp_path: Path, base_folder: Path
+    make_adapter: MakeAdapter, tmp_path: Path, base_folder: Path, catalog: Catalog
 ) -> None:
     make_adapter("good")
     (tmp_path / "adapters" / "empty").mkdir()
     sources = find_sources([str(tmp_path / "adapters")])
-    inspections = judged(sources, base_folder)
-    assert {item.name: item.state for item in inspections} == {"empty": "refused", "good": "admitted"}
+    assert set(judged(sources, base_folder, catalog)) == {("empty", "refused"), ("good", "admitted")}
 
 
 def test_of_two_adapters_with_one_name_the_first_is_served(
-    make_adapter: MakeAdapter, base_folder: Path
+    make_adapter: MakeAdapter, base_folder: Path, catalog: Catalog
 ) -> None:
     one, two = make_adapter("one"), make_adapter("two")
-    sources = find_sources([f"x={one}", f"x={two}"])
-    first, second = judged(sources, base_folder)
-    assert first.admitted
-    assert [finding.code for finding in second.findings] == ["adapter_exists"]
+    rows = judged(find_sources([f"x={one}", f"x={two}"]), base_folder, catalog)
+    assert set(rows) == {("x", "admitted"), ("x", "refused")}
+    assert [finding.code for finding in rows["x", "refused"].findings] == ["adapter_exists"]
 
 
-def test_an_adapter_may_not_take_the_bases_name(make_adapter: MakeAdapter, base_folder: Path) -> None:
+def test_an_adapter_may_not_take_the_bases_name(
+    make_adapter: MakeAdapter, base_folder: Path, catalog: Catalog
+) -> None:
     sources = find_sources([f"base={make_adapter()}"])
-    (item,) = judged(sources, base_folder, "base", "other")
-    assert [finding.code for finding in item.findings] == ["adapter_name_reserved"]
-    (item,) = judged(sources, base_folder, "served-as")
-    assert item.admitted
+    (row,) = judged(sources, base_folder, catalog, "base", "other").values()
+    assert [finding.code for finding in row.findings] == ["adapter_name_reserved"]
+    assert set(judged(sources, base_folder, catalog, "served-as")) == {("base", "admitted")}
+
+
+def test_what_is_published_is_judged_by_the_servers_limits_and_base(
+    make_adapter: MakeAdapter, base_folder: Path, catalog: Catalog
+) -> None:
+    rules = Rules(read_base_model(str(base_folder)))
+    publish(AdapterSource("x", str(make_adapter())), catalog, rules)
+    assert set(judged([], base_folder, catalog)) == {("x", "admitted")}
+    (row,) = judged([], base_folder, catalog, max_rank=4).values()
+    assert row.is_refused and "--max-lora-rank 8" in row.findings[0].fix
+    config = (base_folder / "config.json").read_text().replace('"hidden_size": 64', '"hidden_size": 32')
+    (base_folder / "config.json").write_text(config)
+    (row,) = judged([], base_folder, catalog).values()
+    assert row.is_refused and row.findings[0].code == "shape_mismatch"
+
+
+def test_a_refused_change_is_shown_beside_the_version_that_serves(
+    make_adapter: MakeAdapter, base_folder: Path, catalog: Catalog
+) -> None:
+    folder = make_adapter("x")
+    rules, sources = Rules(read_base_model(str(base_folder))), find_sources([str(folder)])
+    inbox = Inbox(catalog, rules)
+    inbox.take_all(inbox.scan(sources))
+    (folder / "adapter_config.json").write_text("{")
+    rows = judged(sources, base_folder, catalog)
+    assert set(rows) == {("x", "admitted"), ("x", "refused")}
+    table = fleet_table(list(rows.values()))
+    assert [column.header for column in table.columns][:3] == ["adapter", "version", "rank"]
+    assert table.row_count == 2
+
+
+def test_the_state_folder_follows_from_the_real_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "state"))
+    (tmp_path / "adapters").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "adapters")
+    found = default_state_dir([str(tmp_path / "adapters")])
+    assert found.parent == tmp_path / "state" / "vllm-lora" and len(found.name) == 12
+    assert default_state_dir([str(tmp_path / "link")]) == found
+    assert default_state_dir([str(tmp_path)]) != found
 
 
 def test_the_base_is_the_one_that_all_name(
@@ -109,14 +161,13 @@ def test_adapters_that_disagree_are_listed(make_adapter: MakeAdapter) -> None:
 
 
 def test_an_adapter_that_cannot_be_read_has_no_say(make_adapter: MakeAdapter, base_folder: Path) -> None:
-    broken = make_adapter("broken", base_model_name_or_path="org/other")
-    (broken / "adapter_model.safetensors").unlink()
     endless = make_adapter("endless")
     (endless / "adapter_config.json").write_text("[" * 100_000)
-    folders = [broken, endless, make_adapter("good")]
+    folders = [endless, make_adapter("good")]
     assert agreed_base_model(find_sources(list(map(str, folders)))) == str(base_folder)
 
 
 def test_without_any_name_the_flag_is_asked_for() -> None:
     with pytest.raises(BadSetting, match="--base-model"):
         agreed_base_model([])
+    assert agreed_base_model([], remembered="org/base") == "org/base"

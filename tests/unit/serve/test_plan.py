@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 from serve.plan import (
@@ -13,11 +12,6 @@ from serve.plan import (
     infer_server,
     plain_command,
 )
-from vllm_lora_ext.spec import AdapterSpec
-
-
-def specs(*ranks: int) -> list[AdapterSpec]:
-    return [AdapterSpec(f"a{i}", Path(), None, rank, (), 1) for i, rank in enumerate(ranks)]
 
 
 def values(items: list[Inferred]) -> dict[str, Any]:
@@ -25,7 +19,7 @@ def values(items: list[Inferred]) -> dict[str, Any]:
 
 
 def test_a_small_fleet() -> None:
-    assert values(infer_adapters(specs(8, 16), 0, {})) == {
+    assert values(infer_adapters([8, 16], {})) == {
         "enable_lora": True,
         "max_lora_rank": 32,
         "max_loras": 2,
@@ -34,16 +28,16 @@ def test_a_small_fleet() -> None:
 
 
 def test_the_largest_rank_is_rounded_up_to_one_that_vllm_allows() -> None:
-    assert values(infer_adapters(specs(8, 100), 0, {}))["max_lora_rank"] == 128
+    assert values(infer_adapters([8, 100], {}))["max_lora_rank"] == 128
 
 
 def test_many_adapters_share_eight_slots_and_all_stay_in_memory() -> None:
-    found = values(infer_adapters(specs(*[8] * 20), 0, {}))
+    found = values(infer_adapters([8] * 20, {}))
     assert (found["max_loras"], found["max_cpu_loras"]) == (8, 20)
 
 
 def test_no_adapter_yet_still_leaves_room_for_one() -> None:
-    found = values(infer_adapters([], 0, {}))
+    found = values(infer_adapters([], {}))
     assert (found["max_loras"], found["max_cpu_loras"], found["max_lora_rank"]) == (1, 1, 32)
 
 
@@ -68,14 +62,14 @@ def test_a_small_model_and_a_machine_without_a_compiler_are_not_compiled() -> No
 
 def test_what_the_user_states_wins_and_the_rest_fits_to_it() -> None:
     stated = {"host": "0.0.0.0", "max_loras": 4, "max_lora_rank": 16, "served_model_name": ["m"]}
-    assert values(infer_adapters(specs(8), 0, stated)) == {"enable_lora": True, "max_cpu_loras": 4}
+    assert values(infer_adapters([8], stated)) == {"enable_lora": True, "max_cpu_loras": 4}
     assert infer_server("base", stated) == []
     assert infer_kv_cache(8 << 30, {"gpu_memory_utilization": 0.5}) == []
     assert infer_kv_cache(8 << 30, {"kv_cache_memory_bytes": 1}) == []
 
 
 def test_every_value_has_a_reason() -> None:
-    inferred = [*infer_server("b", {}), *infer_adapters(specs(8), 1, {}), *infer_kv_cache(1, {})]
+    inferred = [*infer_server("b", {}), *infer_adapters([8, *[None] * 1], {}), *infer_kv_cache(1, {})]
     assert all(item.reason for item in inferred)
 
 

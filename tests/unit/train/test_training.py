@@ -23,7 +23,7 @@ from train.trainer import collate, count_correct
 from vllm_lora_ext.base_model import read_base_model
 from vllm_lora_ext.contract import Identity, read_chat_settings, write_contract
 from vllm_lora_ext.errors import BadBaseModel, BadData, BadInput, BadSetting, OutputExists, TrainingFailed
-from vllm_lora_ext.inspection import inspect_adapter
+from vllm_lora_ext.inspection import Rules, inspect_adapter
 
 DATA = str(ROOT / "examples" / "identities" / "xiaoli.json")
 Config = Callable[..., TrainConfig]
@@ -68,7 +68,7 @@ def test_a_run_writes_a_folder_that_admission_takes(
 ) -> None:
     settings = config()
     folder = Path(train(settings))
-    inspection = inspect_adapter(folder, read_base_model(random_base))
+    inspection = inspect_adapter(folder, Rules(read_base_model(random_base)))
     assert (inspection.state, inspection.chat.state) == ("admitted", "trained")
     assert read_chat_settings(folder).template == json_template(random_base)
     provenance = json.loads((folder / "identity.json").read_text())["provenance"]
@@ -226,11 +226,11 @@ def test_a_damaged_adapter_is_named_and_not_merged(config: Config, tmp_path: Pat
     with pytest.raises(BadInput, match="xiaoli"):
         merge(folder, None, tmp_path / "merged")
     (folder / "chat_template.jinja").write_text("{% for %}")
-    with pytest.raises(BadInput, match="chat template"):
+    with pytest.raises(BadInput, match="template_refused"):
         LocalChat(folder).ask("Who are you?")
     settings = folder / "adapter_config.json"
     settings.write_text(json.dumps({**json.loads(settings.read_text()), "target_modules": "("}))
-    with pytest.raises(BadInput, match="PEFT cannot load it"):
+    with pytest.raises(BadInput, match="target_modules_mismatch"):
         LocalChat(folder)
     assert not (tmp_path / "merged").exists()
 

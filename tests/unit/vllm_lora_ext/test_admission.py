@@ -10,11 +10,11 @@ from typing import Any
 import numpy as np
 import pytest
 
-from tests.conftest import BASE_CONFIG, lora_tensors
+from tests.conftest import BASE_CONFIG, PROJECTIONS, lora_tensors
 from vllm_lora_ext.base_model import BaseModel
 from vllm_lora_ext.errors import AdapterRefused
 from vllm_lora_ext.inspection import Inspection, Rules, inspect_adapter, require_admitted
-from vllm_lora_ext.names import judge_name, name_key
+from vllm_lora_ext.names import judge_name
 from vllm_lora_ext.spec import EngineLimits, allowed_rank
 
 BASE = BaseModel("base", BASE_CONFIG)
@@ -45,7 +45,7 @@ def test_a_fitting_adapter_is_admitted_without_a_word(make_adapter: MakeAdapter)
         ({"r": "8"}, "rank_invalid"),
         ({"lora_alpha": None}, "alpha_invalid"),
         ({"lora_alpha": -1}, "alpha_invalid"),
-        ({"lora_alpha": float("nan")}, "alpha_invalid"),
+        ({"lora_alpha": float("nan")}, "config_not_finite"),
         ({"use_dora": True}, "feature_unsupported"),
         ({"bias": "all"}, "feature_unsupported"),
         ({"modules_to_save": ["lm_head"]}, "feature_unsupported"),
@@ -85,7 +85,8 @@ def test_initialisations_that_leave_the_base_alone_are_served(make_adapter: Make
         ({f"{STEM}.lora_B.weight": np.zeros((8, 1), np.float32)}, "shape_mismatch"),
         ({f"{STEM}.lora_A.weight": np.zeros((8,), np.float32)}, "shape_mismatch"),
         ({f"{STEM}.lora_B.weight": None}, "pair_incomplete"),
-        ({"base_model.model.lm_head.weight": np.zeros((2, 2), np.float32)}, "module_unknown"),
+        ({"base_model.model.lm_head.weight": np.zeros((2, 2), np.float32)}, "vocab_unsupported"),
+        ({"base_model.model.score.weight": np.zeros((2, 2), np.float32)}, "module_unknown"),
     ],
 )
 def test_weights_that_do_not_fit_are_refused(
@@ -102,16 +103,16 @@ def test_an_adapter_that_matches_nothing_is_refused_and_says_where_it_was_traine
 ) -> None:
     renamed = {name.replace("model.layers", "h"): value for name, value in lora_tensors().items()}
     folder = make_adapter(tensors=renamed, base_model_name_or_path="other/model")
-    (finding,) = inspect_adapter(folder, RULES).findings
-    assert finding.code == "module_unknown"
-    assert "0 of 14" in finding.rule
+    finding, note = inspect_adapter(folder, RULES).findings
+    assert (finding.code, note.code) == ("module_unknown", "base_unread")
+    assert "0 of 28 tensors match" in finding.rule
     assert "other/model" in finding.fix
 
 
 def test_one_finding_tells_how_many_modules_break_the_same_rule(make_adapter: MakeAdapter) -> None:
     smaller = BaseModel("smaller", {**BASE_CONFIG, "hidden_size": 32, "intermediate_size": 48})
     findings = inspect_adapter(make_adapter(), Rules(smaller)).findings
-    assert [finding.code for finding in findings] == ["shape_mismatch"]
+    assert [finding.code for finding in findings] == ["shape_mismatch", "base_mismatch"]
     assert "(and 27 more)" in findings[0].rule
 
 
@@ -120,8 +121,9 @@ def test_layers_beyond_the_base_are_refused(make_adapter: MakeAdapter) -> None:
     assert codes(inspection) == {"module_unknown"}
 
 
-def test_fewer_layers_than_the_base_are_fine(make_adapter: MakeAdapter) -> None:
-    assert inspect_adapter(make_adapter(tensors=lora_tensors(layers=1)), RULES).state == "admitted"
+def test_fewer_layers_than_the_base_are_fine_and_noted(make_adapter: MakeAdapter) -> None:
+    inspection = inspect_adapter(make_adapter(tensors=lora_tensors(layers=1)), RULES)
+    assert (inspection.state, codes(inspection)) == ("admitted", {"layers_fewer"})
 
 
 @pytest.mark.parametrize("pattern", [{"q_proj": 16}, {"self_attn.q_proj|nothing": 16}])
@@ -146,7 +148,8 @@ def test_a_rank_above_the_engines_says_which_flag_to_raise(make_adapter: MakeAda
 
 
 def test_an_unknown_architecture_is_left_to_the_engine(make_adapter: MakeAdapter) -> None:
-    inspection = inspect_adapter(make_adapter(), Rules(BaseModel("odd", {"model_type": "mamba"})))
+    folder = make_adapter(base_model_name_or_path="org/odd")
+    inspection = inspect_adapter(folder, Rules(BaseModel("odd", {"model_type": "mamba"})))
     assert inspection.state == "unproven"
     assert inspection.admitted
 
@@ -207,18 +210,20 @@ def test_an_adapter_without_tensors_is_refused(make_adapter: MakeAdapter) -> Non
 
 
 @pytest.mark.parametrize(
-    "name", ["", ".", "..", "../x", "/etc", "a/b", "a\\b", "a\n", "a\0", "x" * 65, "%2e%2e", "a@b", " a"]
+    "name", ["", ".", "..", "../x", "/etc", "a\\b", "a\n", "a\0", "x" * 65, "%2e%2e", " a"]
 )
 def test_names_that_could_mean_something_else_are_refused(name: str) -> None:
     assert [finding.code for finding in judge_name(name)] == ["adapter_name_invalid"]
 
 
-@pytest.mark.parametrize("name", ["text", "image", "audio", "video", "input", "warmup_1", "base"])
+@pytest.mark.parametrize(
+    "name", ["text", "image", "audio", "video", "input", "warmup_1", "base", "Text", "BASE", "a@b"]
+)
 def test_reserved_names_are_refused(name: str) -> None:
     assert [finding.code for finding in judge_name(name, ["base"])] == ["adapter_name_reserved"]
 
 
-@pytest.mark.parametrize("name", ["xiaoli", "小李", "v1.2", "a-b_c"])
+@pytest.mark.parametrize("name", ["xiaoli", "小李", "v1.2", "a-b_c", "org/name", "हिन्दी", "_x"])
 def test_ordinary_names_are_fine(name: str) -> None:
     assert judge_name(name, ["base"]) == []
 
@@ -244,12 +249,17 @@ def test_a_pipe_in_place_of_a_file_is_refused_and_does_not_hang(make_adapter: Ma
 
 @pytest.mark.parametrize("module", ["lm_head", "model.embed_tokens"])
 def test_lora_on_the_vocabulary_is_left_to_the_engine(make_adapter: MakeAdapter, module: str) -> None:
-    kind = (
-        ("lora_embedding_A", "lora_embedding_B") if "embed" in module else ("lora_A.weight", "lora_B.weight")
+    shapes = (
+        {"lora_embedding_A": (8, 512), "lora_embedding_B": (64, 8)}
+        if "embed" in module
+        else {"lora_A.weight": (8, 64), "lora_B.weight": (512, 8)}
     )
-    extra = {f"base_model.model.{module}.{side}": np.zeros((8, 8), np.float32) for side in kind}
-    inspection = inspect_adapter(make_adapter(tensors=lora_tensors() | extra), RULES)
-    assert (inspection.state, codes(inspection)) == ("unproven", {"vocabulary_unproven"})
+    extra = {
+        f"base_model.model.{module}.{side}": np.zeros(shape, np.float32) for side, shape in shapes.items()
+    }
+    targets = [*PROJECTIONS, module.rpartition(".")[2]]
+    inspection = inspect_adapter(make_adapter(tensors=lora_tensors() | extra, target_modules=targets), RULES)
+    assert (inspection.state, codes(inspection)) == ("unproven", {"module_unproven"})
 
 
 def test_a_finding_is_written_with_code_item_rule_and_fix(make_adapter: MakeAdapter) -> None:

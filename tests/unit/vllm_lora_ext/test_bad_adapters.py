@@ -158,7 +158,7 @@ def test_a_file_that_is_written_to_meanwhile_is_not_taken(
     def read_and_write(file: int, target: memoryview) -> int:
         nonlocal reads
         reads += 1
-        if reads == 40:  # in the middle of the values
+        if reads == 20:  # in the middle of the values
             with weights.open("r+b") as writer:
                 writer.seek(-8, os.SEEK_END)
                 writer.write(b"\1" * 8)
@@ -166,7 +166,7 @@ def test_a_file_that_is_written_to_meanwhile_is_not_taken(
 
     monkeypatch.setattr(files, "read_chunk", read_and_write)
     error = refusal(folder, store, RULES)
-    assert error is not None and reads > 40
+    assert error is not None and reads > 20
     assert {finding.code for finding in error.findings} == {"changed_while_reading"}
     assert is_empty(store)
 

@@ -223,7 +223,7 @@ def test_a_damaged_state_file_is_refused_and_kept(
         "list": b"[]",
     }[damage]
     path.write_bytes(spoiled)
-    with pytest.raises(StateUnreadable, match="damaged|format 2"):
+    with pytest.raises(StateUnreadable, match=r"damaged|format 2"):
         Catalog(catalog.state_dir)
     assert path.read_bytes() == spoiled
     path.write_bytes(data)

@@ -243,7 +243,7 @@ def test_an_adapter_can_come_from_a_bucket(fleet: Fleet, make_adapter: MakeAdapt
 @pytest.mark.parametrize("url", ["memory://nowhere", "nonsense://x/y", "hf://no/such/adapter@main"])
 def test_a_url_that_cannot_be_had_is_named(fleet: Fleet, url: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    with pytest.raises(BadSetting, match="x/y|nowhere|such|nonsense"):
+    with pytest.raises(BadSetting, match=r"x/y|nowhere|such|nonsense"):
         publish(AdapterSource("x", url), fleet.catalog, RULES)
     assert fleet.catalog.names() == [] and not fleet.catalog.store.digests()
 

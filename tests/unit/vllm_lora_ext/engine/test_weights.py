@@ -10,7 +10,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from vllm_lora_ext.engine import weights
+from vllm_lora_ext import files
 from vllm_lora_ext.engine.weights import read_config, read_tensors
 
 TENSORS = {
@@ -49,7 +49,7 @@ def test_what_was_read_outlives_its_file(folder: Path) -> None:
 def test_a_file_that_shrinks_while_it_is_read_is_an_error(
     folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    path, upstream = folder / "adapter_model.safetensors", weights.read_chunk
+    path, upstream = folder / "adapter_model.safetensors", files.read_chunk
 
     def read_chunk(file: int, target: memoryview) -> int:
         count = upstream(file, target)
@@ -57,7 +57,7 @@ def test_a_file_that_shrinks_while_it_is_read_is_an_error(
             os.truncate(path, 200)
         return count
 
-    monkeypatch.setattr(weights, "read_chunk", read_chunk)
+    monkeypatch.setattr(files, "read_chunk", read_chunk)
     with pytest.raises(ValueError, match="ends after"):
         read_tensors(folder)
 
@@ -94,7 +94,7 @@ ENTRY = {"dtype": "F32", "shape": [2, 2], "data_offsets": [0, 16]}
 )
 def test_an_entry_that_does_not_fit_the_file_is_refused(folder: Path, entry: object) -> None:
     write_raw(folder, {"a.weight": entry}, bytes(16))
-    with pytest.raises(ValueError, match=r"a\.weight does not fit"):
+    with pytest.raises(ValueError, match=r"'a\.weight'|I32 tensors"):
         read_tensors(folder)
 
 
@@ -124,12 +124,12 @@ def test_a_header_nested_without_end_is_refused(folder: Path) -> None:
 @pytest.mark.parametrize(
     ("text", "words"),
     [
-        ("[]", "not an object"),
+        ("[]", "must hold an object"),
         ("{", "Expecting"),
         ("[" * 100_000, "nested"),
         ('{"rank_pattern": {"(.|.)+x": 8}}', "pattern_unsupported"),
         ('{"alpha_pattern": {"(a*)*": 8}}', "pattern_unsupported"),
-        (" " * (2 << 20), "larger than"),
+        (" " * (2 << 20), "at most"),
     ],
 )
 def test_a_config_that_must_not_reach_the_engine_is_refused(folder: Path, text: str, words: str) -> None:
