@@ -35,6 +35,8 @@ from benchmarks.streams import Streams, Window
 from serve.loadtest.stats import percentile
 from serve.process import ServerProcess
 from vllm_lora_ext.errors import ServerFailed
+from vllm_lora_ext.intake import admit
+from vllm_lora_ext.store import AdapterStore
 
 BASE_NAME = "bench-base"
 SMALL_RANK, NUM_SMALL = 8, 4  # the last one answers in quiet times, the others stream
@@ -167,8 +169,18 @@ def make_server(fleet: Fleet, args: argparse.Namespace, log: Path) -> ServerProc
         **ENVIRONMENT,
         "PYTHONPATH": str(Path(__file__).resolve().parent / "throttle"),
         "BENCH_READ_LIMIT": str(READ_LIMIT_BYTES_PER_S),
+        "BENCH_READ_MATCH": version_digest(fleet.loaded["throttled"], args.work_dir),
     }
-    return ServerProcess([str(fleet.base), "--adapters", adapters, *flags], log, environment)
+    flags = ["--adapters", adapters, "--state-dir", str(args.work_dir / "state"), *flags]
+    return ServerProcess([str(fleet.base), *flags], log, environment)
+
+
+def version_digest(adapter: Path, work_dir: Path) -> str:
+    """The digest that an adapter's version has in any store, and so in the path that the engine reads."""
+    store = AdapterStore(work_dir / "scratch-store")
+    digest = admit(adapter, store).version.digest
+    store.collect(())
+    return digest
 
 
 @contextlib.asynccontextmanager
@@ -270,8 +282,6 @@ def read_args(argv: Sequence[str]) -> argparse.Namespace:
     args.kinds = ["rank512"] if args.stock else args.kinds.split(",")
     if not set(args.kinds) <= set(KINDS):
         parser.error(f"--kinds knows {', '.join(KINDS)}")
-    if "throttled" in str(args.work_dir.resolve()):
-        parser.error("--work-dir must not contain the word `throttled`, which marks the slow adapter")
     return args
 
 

@@ -231,7 +231,9 @@ def main() -> int:
     with stages.stage("validate"):
         run("vllm-lora", "validate", str(adapters))
     log = WORK / "demo" / "server.log"
-    environment = {"VLLM_LOGGING_LEVEL": "WARNING"}
+    # What the server keeps stays beside the rest of the demo.
+    state_home = {"XDG_STATE_HOME": str((WORK / "demo" / "state").absolute())}
+    environment = {"VLLM_LOGGING_LEVEL": "WARNING", **state_home}
     flags = ["--adapters", str(adapters)]
     server = ServerProcess(flags, log, environment)
     base_name = read_base_model(base).public_name

@@ -5,11 +5,13 @@ from __future__ import annotations
 import asyncio
 import logging
 from argparse import Namespace
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from vllm_lora_ext.admission import refused
+from vllm_lora_ext.background import lower_priority
 from vllm_lora_ext.catalog import Catalog
 from vllm_lora_ext.contract import template_to_use
 from vllm_lora_ext.errors import VllmLoraError
@@ -33,6 +35,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger("vllm.vllm_lora")
 
 _LOOK_EVERY_S = 0.5
+_INTAKE_THREADS = 2
 
 
 class StoreGate:
@@ -50,6 +53,7 @@ class StoreGate:
         self._stated_template: str | None = args.chat_template
         self._load, self._unload = models.load_lora_adapter, models.unload_lora_adapter
         self._leases: dict[str, ExitStack] = {}
+        self._threads = ThreadPoolExecutor(_INTAKE_THREADS, "adapter-intake", initializer=lower_priority)
         models.load_lora_adapter = self.load_lora_adapter
         models.unload_lora_adapter = self.unload_lora_adapter
         models.lora_resolvers = [_GuardedResolver(resolver, self) for resolver in models.lora_resolvers]
@@ -61,7 +65,7 @@ class StoreGate:
         from vllm.entrypoints.serve import create_error_response
 
         try:
-            version, trained = await asyncio.to_thread(self.admitted, request.lora_name, request.lora_path)
+            version, trained = await self.admitted(request.lora_name, request.lora_path)
         except VllmLoraError as error:
             return create_error_response(str(error))
         return await self.load_version(request.lora_name, version, trained, request, base_model_name)
@@ -105,12 +109,15 @@ class StoreGate:
             self._release(request.lora_name)
         return outcome
 
-    def admitted(self, name: str, path: str) -> tuple[StoredVersion, bool]:
+    async def admitted(self, name: str, path: str) -> tuple[StoredVersion, bool]:
         """The stored version of what lies at `path`, and whether its template is vouched for.
 
         Raises:
             AdapterRefused, BadInput, StoreFailed: it may not be served, or cannot be had.
         """
+        return await asyncio.get_running_loop().run_in_executor(self._threads, self._admit, name, path)
+
+    def _admit(self, name: str, path: str) -> tuple[StoredVersion, bool]:
         with fetched(stated_module(name, path, {}), self.store.root.parent / "incoming") as folder:
             admitted = admit(folder, self.store, self.rules, name)
         return admitted.version, admitted.inspection.chat.trained
@@ -135,7 +142,7 @@ class _GuardedResolver:
         if request is None:
             return None
         try:
-            version, _ = await asyncio.to_thread(self._gate.admitted, lora_name, request.lora_path)
+            version, _ = await self._gate.admitted(lora_name, request.lora_path)
         except VllmLoraError as error:
             logger.warning("Adapter %s was found by %s and is refused: %s", lora_name, self._resolver, error)
             return None

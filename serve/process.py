@@ -44,6 +44,7 @@ class ServerProcess:
         ready_timeout_s: float = 300.0,
         cwd: Path | None = None,
         command: Sequence[str] = SERVE,
+        ready_path: str = "/ready",
     ) -> None:
         self.port = free_port()
         self.url = f"http://127.0.0.1:{self.port}"
@@ -52,6 +53,7 @@ class ServerProcess:
         self._env = {**os.environ, **(env or {})}
         self._ready_timeout_s = ready_timeout_s
         self._cwd = cwd
+        self._ready_path = ready_path
         self._process: subprocess.Popen[bytes] | None = None
         self._ready = False
         self.forced = False
@@ -141,7 +143,7 @@ class ServerProcess:
                     f"Its last lines ({self.log}):\n{self._log_tail()}",
                 )
             try:
-                with without_proxy.open(f"{self.url}/ready", timeout=5) as answer:
+                with without_proxy.open(f"{self.url}{self._ready_path}", timeout=5) as answer:
                     if answer.status == 200:
                         self._ready = True
                         return

@@ -242,7 +242,7 @@ BAD_ADAPTERS = [
     ),
     BadAdapter("A17", "modules_to_save", config(modules_to_save=["lm_head"]), "feature_unsupported"),
     BadAdapter("A18", "hostile rank_pattern", config(rank_pattern={HOSTILE: 8}), "pattern_unsupported", True),
-    BadAdapter("A18", "hostile alpha_pattern", config(alpha_pattern={HOSTILE: 8}), "pattern_unsupported", True),
+    BadAdapter("A18", "alpha_pattern", config(alpha_pattern={HOSTILE: 8}), "pattern_unsupported", True),
     BadAdapter("A18", "hostile target_modules", config(target_modules=HOSTILE), None),
     BadAdapter("A19", "invalid expression", config(rank_pattern={"(": 8}), "pattern_unsupported", True),
     BadAdapter("A19", "rank_pattern a list", config(rank_pattern=[8]), "pattern_unsupported", True),
@@ -254,7 +254,7 @@ BAD_ADAPTERS = [
         ),
         "base_mismatch",
     ),
-    BadAdapter("A21", "the base by a name unknown here", config(base_model_name_or_path="/root/x/base"), None),
+    BadAdapter("A21", "the base by another name", config(base_model_name_or_path="/root/x/base"), None),
     BadAdapter("A22", "smaller hidden size", tensors(A=NARROW), "shape_mismatch"),
     BadAdapter("A23", "larger hidden size", tensors(A=WIDE), "shape_mismatch"),
     BadAdapter(

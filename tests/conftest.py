@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import os
+import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -127,4 +128,13 @@ def adapter_for(shapes: dict[str, tuple[int, int]], rank: int, folder: Path, bas
         "target_modules": sorted({module.split(".")[-1] for module in shapes}),
     }
     (folder / "adapter_config.json").write_text(json.dumps(config))
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tiny_base() -> Path:
+    """The tiny base, made once and kept beside the demo's."""
+    folder = ROOT / ".cache" / "tiny-base"
+    recipe = ROOT / "examples" / "tiny_base" / "make.py"
+    subprocess.run([sys.executable, str(recipe), "--output-dir", str(folder)], check=True)
     return folder

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import hashlib
 import os
 import shutil
 import uuid
@@ -12,6 +14,7 @@ from typing import TYPE_CHECKING
 
 from vllm_lora_ext.contract import Identity, is_ours, write_contract
 from vllm_lora_ext.errors import BadSetting, OutputExists
+from vllm_lora_ext.peft_format import CONFIG_FILE, WEIGHTS_FILE
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -80,8 +83,17 @@ def finished_folder(folder: Path, overwrite: bool = False) -> Iterator[Path]:
 
 
 def export_adapter(model: PeftModel, folder: Path, identity: Identity, overwrite: bool) -> None:
-    """Write the PEFT folder with its trained template and `identity.json` to `folder`."""
+    """Write the PEFT folder with its trained template and `identity.json` to `folder`.
+
+    `identity.json` states the digests of config and weights, so that a half-copied folder is noticed.
+    """
     with finished_folder(folder, overwrite) as staging:
         model.save_pretrained(str(staging))
         (staging / "README.md").unlink(missing_ok=True)  # PEFT's model card is an empty form
-        write_contract(staging, identity)
+        digests = {name: _sha256(staging / name) for name in (CONFIG_FILE, WEIGHTS_FILE)}
+        write_contract(staging, dataclasses.replace(identity, files=digests))
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -33,15 +31,6 @@ class Probe:
 
         await self.app(scope, receive, marked)
 """
-
-
-@pytest.fixture(scope="session")
-def tiny_base() -> Path:
-    """The tiny base, made once and kept beside the demo's."""
-    folder = ROOT / ".cache" / "tiny-base"
-    recipe = ROOT / "examples" / "tiny_base" / "make.py"
-    subprocess.run([sys.executable, str(recipe), "--output-dir", str(folder)], check=True)
-    return folder
 
 
 @pytest.fixture(scope="session")

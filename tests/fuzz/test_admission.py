@@ -147,7 +147,7 @@ def test_any_weights_file(data: bytes, scratch: Path) -> None:
     if places is None:
         return
     with safe_open(path, framework="numpy") as file:
-        slices = {name: file.get_slice(name) for name in sorted(file.keys())}  # noqa: SIM118
+        slices = {name: file.get_slice(name) for name in sorted(file.keys())}
         seen = {name: (part.get_dtype(), tuple(part.get_shape())) for name, part in slices.items()}
     assert {place.spec.name: (place.spec.dtype, place.spec.shape) for place in places} == seen
 
