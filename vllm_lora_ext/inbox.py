@@ -21,8 +21,8 @@ from vllm_lora_ext.background import lower_priority
 from vllm_lora_ext.catalog import Catalog, now
 from vllm_lora_ext.contract import ChatSettings
 from vllm_lora_ext.errors import AdapterExists, AdapterRefused, BadInput, StoreFailed, VllmLoraError
-from vllm_lora_ext.inspection import Inspection, Rules, inspect_adapter
-from vllm_lora_ext.intake import Admitted, admit, source_signature
+from vllm_lora_ext.inspection import Inspection, Rules, inspect_adapter, source_signature
+from vllm_lora_ext.intake import Admitted, admit
 from vllm_lora_ext.names import name_key, taken
 from vllm_lora_ext.records import FolderRecord, Version
 from vllm_lora_ext.sources import AdapterSource, fetched
@@ -81,7 +81,7 @@ class Inbox:
     def _look(self, source: AdapterSource, record: FolderRecord | None) -> Item:
         if source.folder is None:
             return Item(source, record)  # what was fetched once stays until it is published again
-        if record is not None and record.signature == _frozen(source_signature(source.folder)):
+        if record is not None and record.signature == source_signature(source.folder):
             same_rules = record.rules == self._rules_mark
             if same_rules or not record.findings:
                 return Item(source, record)
@@ -132,7 +132,7 @@ class Inbox:
             return item.inspection
         try:
             with fetched(item.source, self.catalog.state_dir / "incoming") as folder:
-                return admit(folder, self.catalog.store, self.rules, item.source.name)
+                return admit(folder, self.catalog.store, self.rules, item.source.name, item.inspection)
         except VllmLoraError as error:
             return error
 
@@ -167,7 +167,7 @@ class Inbox:
         """A refused folder keeps the digest of what was last taken from it, which is still served."""
         folder, old = item.source.folder, self.catalog.folders().get(item.source.key)
         kept = old.source_digest if old and source_digest is None else source_digest
-        signature = () if folder is None else _frozen(source_signature(folder))
+        signature = () if folder is None else source_signature(folder)
         return FolderRecord(kept, signature, item.source.name, findings, self._rules_mark)
 
 

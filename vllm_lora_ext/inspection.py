@@ -13,11 +13,18 @@ from pathlib import Path
 from vllm_lora_ext.admission import SERVED_DTYPES, allow, is_base_weight, judge, refused
 from vllm_lora_ext.base_model import BaseModel, read_base_model
 from vllm_lora_ext.chat_template import judge_template
-from vllm_lora_ext.contract import ChatSettings, read_chat_settings, read_provenance, stated_digests
+from vllm_lora_ext.contract import (
+    CHAT_FILES,
+    ChatSettings,
+    read_chat_settings,
+    read_provenance,
+    stated_digests,
+)
 from vllm_lora_ext.errors import AdapterRefused, BadBaseModel, BadInput
-from vllm_lora_ext.files import RegularFile, read_whole
+from vllm_lora_ext.files import RegularFile, read_whole, signature
 from vllm_lora_ext.names import judge_name
 from vllm_lora_ext.peft_format import (
+    CONFIG_FILE,
     MAX_CONFIG_BYTES,
     WEIGHTS_FILE,
     file_finding,
@@ -28,6 +35,8 @@ from vllm_lora_ext.peft_format import (
 from vllm_lora_ext.spec import AdapterSpec, EngineLimits, Finding, Severity, last_part
 from vllm_lora_ext.tensor_file import TensorPlace
 from vllm_lora_ext.values import judge_values, read_values
+
+SOURCE_FILES = (CONFIG_FILE, WEIGHTS_FILE, *CHAT_FILES)
 
 
 @dataclass(frozen=True)
@@ -55,6 +64,7 @@ class Inspection:
     chat: ChatSettings
     findings: tuple[Finding, ...]
     places: tuple[TensorPlace, ...] = ()
+    signature: tuple[tuple[int, ...], ...] = ()  # of the files when they were read
 
     @property
     def admitted(self) -> bool:
@@ -81,6 +91,7 @@ def inspect_adapter(path: Path, rules: Rules | None = None, name: str | None = N
     """
     rules = rules or Rules()
     name = public_name(path) if name is None else name
+    seen = source_signature(path)
     reading = read_adapter(path, name, rules.follow_links)
     findings = [*judge_name(name, rules.base_names), *reading.findings]
     if reading.spec is not None:
@@ -88,7 +99,12 @@ def inspect_adapter(path: Path, rules: Rules | None = None, name: str | None = N
         findings += _judge_named_base(reading.spec, rules)
     chat, of_chat = _read_chat(path, rules)
     findings = allow(fold(findings + of_chat), rules.allow)
-    return Inspection(name, path, reading.spec, chat, tuple(findings), reading.places)
+    return Inspection(name, path, reading.spec, chat, tuple(findings), reading.places, seen)
+
+
+def source_signature(path: Path) -> tuple[tuple[int, ...], ...]:
+    """Sizes, times and inodes of the files that make an adapter: equal while nobody writes to them."""
+    return tuple(signature(path / name) or () for name in SOURCE_FILES)
 
 
 def inspect_values(inspection: Inspection, rules: Rules | None = None) -> Inspection:

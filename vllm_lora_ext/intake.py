@@ -15,17 +15,19 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from vllm_lora_ext.admission import refused
-from vllm_lora_ext.contract import CHAT_FILES, read_provenance, stated_digests
+from vllm_lora_ext.contract import read_provenance, stated_digests
 from vllm_lora_ext.errors import AdapterRefused, BadInput
 from vllm_lora_ext.failpoints import failpoint
-from vllm_lora_ext.files import ReadFailed, RegularFile, read_whole, signature
+from vllm_lora_ext.files import ReadFailed, RegularFile, read_whole
 from vllm_lora_ext.inspection import (
+    SOURCE_FILES,
     Inspection,
     Rules,
     inspect_adapter,
     judge_digests,
     kept_places,
     require_admitted,
+    source_signature,
 )
 from vllm_lora_ext.peft_format import CONFIG_FILE, WEIGHTS_FILE, canonical_config, file_finding, fold
 from vllm_lora_ext.spec import Finding
@@ -34,7 +36,6 @@ from vllm_lora_ext.strict_json import canonical
 from vllm_lora_ext.tensor_file import HeaderRefused, TensorPlace, canonical_header, read_header
 from vllm_lora_ext.values import judge_values, read_values
 
-SOURCE_FILES = (CONFIG_FILE, WEIGHTS_FILE, *CHAT_FILES)
 _MAX_CHAT_BYTES = 64 << 20
 
 
@@ -47,18 +48,26 @@ class Admitted:
     source_digest: str
 
 
-def admit(path: Path, store: AdapterStore, rules: Rules | None = None, name: str | None = None) -> Admitted:
+def admit(
+    path: Path,
+    store: AdapterStore,
+    rules: Rules | None = None,
+    name: str | None = None,
+    looked_at: Inspection | None = None,
+) -> Admitted:
     """Judge the adapter in `path` and put it into `store`.
 
     The store holds every byte on the disk when this returns; a version that is there already is kept.
+    `looked_at` is an inspection by the same rules, used if nothing was written to the folder since.
 
     Raises:
         AdapterRefused: with every finding; nothing is left in the store.
         StoreFailed: it could not be written; nothing is left in the store.
     """
     rules = rules or Rules()
-    before = source_signature(path)
-    inspection = inspect_adapter(path, rules, name)
+    inspection = looked_at
+    if inspection is None or inspection.path != path or inspection.signature != source_signature(path):
+        inspection = inspect_adapter(path, rules, name)
     spec = require_admitted(inspection)
     try:
         stated = stated_digests(path, rules.follow_links)
@@ -69,7 +78,7 @@ def admit(path: Path, store: AdapterStore, rules: Rules | None = None, name: str
         copied = _copy_weights(inspection, staging, rules)
         findings = judge_values(spec, copied.peaks)
         findings += judge_digests(path, stated, rules.follow_links, {WEIGHTS_FILE: copied.source_sha256})
-        if source_signature(path) != before:
+        if source_signature(path) != inspection.signature:
             findings.append(_changed(inspection.name))
         inspection = inspection.with_findings(fold(findings), rules.allow)
         if refused(inspection.findings):
@@ -84,11 +93,6 @@ def admit(path: Path, store: AdapterStore, rules: Rules | None = None, name: str
         }
         version = store.seal(staging, inspection.chat, noted)
     return Admitted(version, inspection, source_digest)
-
-
-def source_signature(path: Path) -> list[list[int]]:
-    """Sizes, times and inodes of the files that make an adapter: equal while nobody writes to them."""
-    return [list(signature(path / name) or ()) for name in SOURCE_FILES]
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from vllm_lora_ext.errors import BadSetting, MissingPackage
-from vllm_lora_ext.intake import SOURCE_FILES
+from vllm_lora_ext.inspection import SOURCE_FILES
 from vllm_lora_ext.peft_format import CONFIG_FILE, MAX_WEIGHTS_BYTES, adapter_folders, public_name
 
 _HUB = "hf://"

@@ -16,8 +16,8 @@ class JsonRefused(ValueError):
         super().__init__(rule)
 
 
-def parse_object(data: bytes) -> dict[str, Any]:
-    """The object that `data` (UTF-8) holds.
+def parse_object(data: bytes, max_depth: int = _MAX_DEPTH) -> dict[str, Any]:
+    """The object that `data` (UTF-8) holds; `max_depth` 0 leaves nesting to Python's own limit.
 
     Raises:
         JsonRefused: with code not_json, duplicate_key, not_finite or not_object.
@@ -35,8 +35,8 @@ def parse_object(data: bytes) -> dict[str, Any]:
         raise JsonRefused("not_json", f"cannot be read as JSON ({reason})") from error
     if not isinstance(body, dict):
         raise JsonRefused("not_object", f"must hold an object, holds a {type(body).__name__}")
-    if _is_deeper(body, _MAX_DEPTH):
-        raise JsonRefused("not_json", f"is nested deeper than {_MAX_DEPTH} levels")
+    if max_depth and _is_deeper(body, max_depth):
+        raise JsonRefused("not_json", f"is nested deeper than {max_depth} levels")
     return body
 
 

@@ -68,7 +68,7 @@ def read_header(file: RegularFile) -> tuple[TensorPlace, ...]:
     if raw[:1] != b"{":
         raise _corrupt("has a header that does not begin with '{'")
     try:
-        header = parse_object(raw)
+        header = parse_object(raw, max_depth=0)  # whose entries are looked at one by one
     except JsonRefused as error:
         code = "weights_duplicate_key" if error.code == "duplicate_key" else "weights_corrupt"
         raise HeaderRefused(code, f"has a header that {error.rule}") from error

@@ -6,7 +6,7 @@ largest of them tells both: infinities and NaN lie above every finite number.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -28,29 +28,58 @@ def read_values(
 ) -> dict[str, float]:
     """The largest absolute value of each tensor, inf where one is no number; `sink` gets every piece.
 
+    The pieces come in the order of `places`, and several small tensors that lie together make one.
+
     Raises:
         ValueError: the file became shorter.
     """
     buffer = np.empty(PIECE_BYTES, np.uint8)
-    peaks = {}
-    for place in places:
-        bits = _BITS[place.spec.dtype]
-        mask, peak = bits(np.iinfo(bits).max >> 1), bits(0)
-        for start in range(0, place.size, PIECE_BYTES):
-            piece = buffer[: min(PIECE_BYTES, place.size - start)]
-            file.fill(piece.data, place.offset + start)
-            peak = max(peak, (piece.view(bits) & mask).max())
+    peaks: dict[str, Any] = {}
+    for run in _runs(places):
+        start, end = run[0].offset, run[-1].offset + run[-1].size
+        offsets = np.array([place.offset for place in run])
+        for first in range(start, end, PIECE_BYTES):
+            piece = buffer[: min(PIECE_BYTES, end - first)]
+            file.fill(piece.data, first)
+            _raise_peaks(peaks, run, offsets, piece, first)
             if sink is not None:
                 sink(piece.data)
-        peaks[place.spec.name] = _as_float(peak, place.spec.dtype)
-    return peaks
+    return {place.spec.name: _as_float(peaks.get(place.spec.name, 0), place.spec.dtype) for place in places}
+
+
+def _runs(places: Sequence[TensorPlace]) -> Iterator[list[TensorPlace]]:
+    """Tensors of one dtype that lie one behind the other, as one."""
+    run: list[TensorPlace] = []
+    for place in places:
+        if not place.size:
+            continue
+        follows = run and run[-1].offset + run[-1].size == place.offset
+        if run and not (follows and run[-1].spec.dtype == place.spec.dtype):
+            yield run
+            run = []
+        run.append(place)
+    if run:
+        yield run
+
+
+def _raise_peaks(
+    peaks: dict[str, Any], run: Sequence[TensorPlace], offsets: np.ndarray, piece: np.ndarray, first: int
+) -> None:
+    """Take the largest bits of each tensor that has a part in this piece, which begins at `first`."""
+    bits = _BITS[run[0].spec.dtype]
+    values = piece.view(bits) & bits(np.iinfo(bits).max >> 1)
+    begin = int(np.searchsorted(offsets, first, "right")) - 1
+    end = int(np.searchsorted(offsets, first + len(piece), "left"))
+    cuts = np.maximum(offsets[begin:end] - first, 0) // values.itemsize
+    for place, peak in zip(run[begin:end], np.maximum.reduceat(values, cuts), strict=True):
+        peaks[place.spec.name] = max(peaks.get(place.spec.name, peak), peak)
 
 
 def _as_float(bits: Any, dtype: str) -> float:
     if dtype == "BF16":  # the upper half of a float32
         value = float(np.array([int(bits) << 16], np.uint32).view(np.float32)[0])
     else:
-        value = float(np.array([bits]).view(_FLOATS[dtype])[0])
+        value = float(np.array([bits], _BITS[dtype]).view(_FLOATS[dtype])[0])
     return value if value == value else float("inf")
 
 
