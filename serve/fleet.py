@@ -127,13 +127,16 @@ def entry_row(entry: Entry, findings: Sequence[Finding] = ()) -> FleetRow:
 
 
 def fleet_table(rows: Sequence[FleetRow], title: str | None = None) -> Table:
-    """Adapter, version, rank, size, template, state, and the reason if there is one to tell."""
-    table = Table("adapter", "version", "rank", "size", "template", "state", "reason", title=title)
+    """Adapter, version where there is one, rank, size, template, state, and the reason if there is one."""
+    versions = any(row.version for row in rows)
+    columns = ["adapter", *(["version"] if versions else []), "rank", "size", "template", "state", "reason"]
+    table = Table(*columns, title=title)
     for row in rows:
         rank = "-" if row.rank is None else str(row.rank)
         size = "-" if row.size_bytes is None else f"{row.size_bytes / 1e6:.1f} MB"
         reason = "\n".join(str(finding) for finding in row.findings)
-        table.add_row(row.name, row.version or "-", rank, size, row.template, row.state, reason)
+        version = [row.version or "-"] if versions else []
+        table.add_row(row.name, *version, rank, size, row.template, row.state, reason)
     return table
 
 

@@ -115,7 +115,14 @@ def read_adapter(path: Path, name: str | None = None, follow_links: bool = True)
 
 
 # With one of these there is no rank, alpha or pattern to speak of.
-_UNREADABLE = ("rank_invalid", "alpha_invalid", "alpha_no_effect", "pattern_unsupported", "config_invalid")
+_UNREADABLE = (
+    "rank_invalid",
+    "alpha_invalid",
+    "alpha_no_effect",
+    "pattern_unsupported",
+    "config_invalid",
+    "target_modules_invalid",
+)
 
 
 def _spec(

@@ -9,9 +9,12 @@ from __future__ import annotations
 import json
 import os
 import sys
+import tempfile
 from pathlib import Path
 
 import atheris
+
+from tests.fuzz.strategies import GOOD_CONFIG
 
 with atheris.instrument_imports(include=["vllm_lora_ext"]):
     from vllm_lora_ext.files import RegularFile
@@ -46,7 +49,21 @@ def parse_header(data: bytes) -> None:
 
 TARGETS = {"json": parse_json, "header": parse_header}
 
+SEEDS = {
+    "json": [json.dumps(GOOD_CONFIG).encode(), b'{"a": [1, 2.5e3, {"b": null}], "a": true}', b'{"a": NaN}'],
+    "header": [
+        (len(text)).to_bytes(8, "little") + text + bytes(24)
+        for text in (
+            b'{"a":{"dtype":"F32","shape":[2,3],"data_offsets":[0,24]}}',
+            b'{"__metadata__":{"format":"pt"},"b":{"dtype":"BF16","shape":[12],"data_offsets":[0,24]}}',
+        )
+    ],
+}
+
 if __name__ == "__main__":
-    target = TARGETS[sys.argv.pop(1)]
-    atheris.Setup(sys.argv, target)
-    atheris.Fuzz()
+    kind = sys.argv.pop(1)
+    with tempfile.TemporaryDirectory() as corpus:
+        for number, seed in enumerate(SEEDS[kind]):
+            (Path(corpus) / str(number)).write_bytes(seed)
+        atheris.Setup([*sys.argv, corpus], TARGETS[kind])
+        atheris.Fuzz()

@@ -56,10 +56,17 @@ CONFIG = Qwen2Config(
 )
 
 
+class Base:
+    """The model, which does not print itself whole when a test fails."""
+
+    def __init__(self) -> None:
+        torch.manual_seed(0)
+        self.model = AutoModelForCausalLM.from_config(CONFIG).eval()
+
+
 @pytest.fixture(scope="module")
-def base() -> Any:
-    torch.manual_seed(0)
-    return AutoModelForCausalLM.from_config(CONFIG).eval()
+def base() -> Base:
+    return Base()
 
 
 @pytest.fixture(scope="module")
@@ -89,11 +96,11 @@ def tried(folder: Path, scratch: Path) -> Admitted | None:
         return None
 
 
-def logits(base: Any, folder: Path) -> torch.Tensor:
+def logits(base: Base, folder: Path) -> torch.Tensor:
     """The answer with an adapter, all of whose tensors PEFT took."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        model = PeftModel.from_pretrained(copy.deepcopy(base), str(folder))
+        model = PeftModel.from_pretrained(copy.deepcopy(base.model), str(folder))
         result = model.load_adapter(str(folder), adapter_name="again")
     assert not result.unexpected_keys, result.unexpected_keys
     assert isinstance(PeftConfig.from_pretrained(str(folder)).r, int)
@@ -102,13 +109,13 @@ def logits(base: Any, folder: Path) -> torch.Tensor:
     return found
 
 
-def check(folder: Path, scratch: Path, base: Any) -> None:
+def check(folder: Path, scratch: Path, base: Base) -> None:
     admitted = tried(folder, scratch)
     if admitted is not None:
         assert torch.equal(logits(base, folder), logits(base, admitted.version.folder))
 
 
-def test_the_good_one_is_admitted(base: Any, scratch: Path) -> None:
+def test_the_good_one_is_admitted(base: Base, scratch: Path) -> None:
     folder = write_adapter(scratch / "good", GOOD_CONFIG, good_tensors())
     assert tried(folder, scratch) is not None
     check(folder, scratch, base)
@@ -116,14 +123,14 @@ def test_the_good_one_is_admitted(base: Any, scratch: Path) -> None:
 
 @generated
 @given(config=configs())
-def test_any_config(config: dict[str, Any], base: Any, scratch: Path) -> None:
+def test_any_config(config: dict[str, Any], base: Base, scratch: Path) -> None:
     check(write_adapter(scratch / "adapter", config, good_tensors()), scratch, base)
 
 
 @generated
 @given(config=configs(), tensors=weights())
 def test_any_config_with_any_tensors(
-    config: dict[str, Any], tensors: dict[str, np.ndarray], base: Any, scratch: Path
+    config: dict[str, Any], tensors: dict[str, np.ndarray], base: Base, scratch: Path
 ) -> None:
     check(write_adapter(scratch / "adapter", config, tensors), scratch, base)
 
