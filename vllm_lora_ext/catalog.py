@@ -7,7 +7,6 @@ change by the revision number.
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import os
 import weakref
@@ -28,7 +27,7 @@ from vllm_lora_ext.errors import (
     StoreFailed,
 )
 from vllm_lora_ext.failpoints import failpoint
-from vllm_lora_ext.files import read_whole, signature, sync_folder, write_new
+from vllm_lora_ext.files import lock_file, read_whole, signature, sync_folder, write_new
 from vllm_lora_ext.names import name_key
 from vllm_lora_ext.records import Entry, Event, FolderRecord, State, Version
 from vllm_lora_ext.spec import Finding
@@ -342,14 +341,12 @@ class _Lock:
         except OSError as error:
             rule = f"cannot be used ({error.strerror})"
             raise BadSetting(str(state_dir), rule, "Choose another --state-dir.") from error
-        try:
-            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
+        if not lock_file(self._file.fileno()):
             self._file.seek(0)
             owner = self._file.read(100).strip() or "another process"
             self.release()
             rule = f"is in use by {owner}"
-            raise StateLocked(str(state_dir), rule, "Stop it, or choose another --state-dir.") from error
+            raise StateLocked(str(state_dir), rule, "Stop it, or choose another --state-dir.")
         self._file.truncate(0)
         self._file.write(f"process {os.getpid()}\n")
         self._file.flush()

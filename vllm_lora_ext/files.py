@@ -14,6 +14,10 @@ import uuid
 from pathlib import Path
 
 CHUNK_BYTES = 1 << 20
+# Not every system has all of these.
+_READ = os.O_RDONLY
+for _flag in ("O_NONBLOCK", "O_CLOEXEC", "O_BINARY"):
+    _READ |= getattr(os, _flag, 0)
 
 
 class NotRegularFile(ValueError):
@@ -30,7 +34,11 @@ class TooLarge(ValueError):
 
 def read_chunk(file: int, target: memoryview) -> int:
     """Read from where the file descriptor stands into `target`; how many bytes. All reading passes here."""
-    return os.readv(file, [target])
+    if hasattr(os, "readv"):
+        return os.readv(file, [target])
+    data = os.read(file, len(target))  # Windows
+    target[: len(data)] = data
+    return len(data)
 
 
 class ReadFailed(OSError):
@@ -55,7 +63,7 @@ class RegularFile:
             raise LinkRefused(f"{self.name} is a link")
         if not stat.S_ISREG(found.st_mode):
             raise NotRegularFile(f"{self.name} is no regular file")
-        flags = os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC | (0 if follow_links else os.O_NOFOLLOW)
+        flags = _READ if follow_links else _READ | getattr(os, "O_NOFOLLOW", 0)
         self._file = os.open(path, flags)
         state = os.fstat(self._file)
         try:
@@ -156,6 +164,21 @@ def replace_file(path: Path, data: bytes) -> None:
             partial.unlink()
         raise
     sync_folder(path.parent)
+
+
+def lock_file(file: int, shared: bool = False, wait: bool = False) -> bool:
+    """Lock an open file for this process and its copies of the descriptor; False if somebody else has it.
+
+    The lock ends when the last of them is closed, or with the process.
+    """
+    import fcntl  # not on Windows, where there is no store
+
+    kind = fcntl.LOCK_SH if shared else fcntl.LOCK_EX
+    try:
+        fcntl.flock(file, kind if wait else kind | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
 
 
 def sync_folder(path: Path) -> None:

@@ -167,7 +167,8 @@ def _digest_of(path: Path, follow_links: bool) -> str | None:
 
 
 def _read_chat(path: Path, rules: Rules) -> tuple[ChatSettings, list[Finding]]:
-    if not path.is_dir() or not os.access(path, os.R_OK | os.X_OK, effective_ids=True):
+    effective = os.access in os.supports_effective_ids
+    if not path.is_dir() or not os.access(path, os.R_OK | os.X_OK, effective_ids=effective):
         return ChatSettings(), []  # which has been said
     try:
         chat = read_chat_settings(path, rules.follow_links)

@@ -14,7 +14,6 @@ name and is swept away.
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import hashlib
 import os
 import re
@@ -29,7 +28,7 @@ from typing import Any
 from vllm_lora_ext.contract import TEMPLATE_FILE, ChatSettings
 from vllm_lora_ext.errors import StoreFailed, VersionDamaged, VersionMissing
 from vllm_lora_ext.failpoints import failpoint
-from vllm_lora_ext.files import RegularFile, read_whole, signature, sync_folder, write_new
+from vllm_lora_ext.files import RegularFile, lock_file, read_whole, signature, sync_folder, write_new
 from vllm_lora_ext.peft_format import CONFIG_FILE, WEIGHTS_FILE
 from vllm_lora_ext.strict_json import canonical, parse_object
 
@@ -173,7 +172,7 @@ class AdapterStore:
         except OSError as error:
             raise VersionMissing(digest[:12]) from error
         try:
-            fcntl.flock(file, fcntl.LOCK_SH)
+            lock_file(file, shared=True, wait=True)
             yield self.open(digest)  # it may have been collected between opening and locking
         finally:
             os.close(file)
@@ -225,10 +224,7 @@ class AdapterStore:
         except OSError:
             return False  # damaged: nobody can have opened it
         try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            return False
-        except BlockingIOError:
-            return True
+            return not lock_file(file)
         finally:
             os.close(file)
 
