@@ -1,7 +1,7 @@
 # The commands that people and CI use; each sets the project up first (once).
 PYTHON_BIN := .venv/bin/python
 
-.PHONY: setup demo test test-stock test-gpu exactness bench unit check check-symbols format clean
+.PHONY: setup demo test test-stock test-gpu exactness fuzz fuzz-parsers bench unit check check-symbols format clean
 
 setup: ## make .venv and install what this machine needs; a second run does nothing
 	@deploy/setup.sh
@@ -21,9 +21,18 @@ test-gpu: setup ## what must hold on a GPU; skipped with the reason where there 
 exactness: setup ## 2,000 comparisons in each dtype: no row feels its neighbours' adapters
 	EXACTNESS_COMPARISONS=2000 $(PYTHON_BIN) -m pytest --timeout 3600 -rP tests/engine/test_exactness.py
 
-bench: setup ## what LoRA costs, and how much a load disturbs; on an idle machine
+fuzz: setup ## 10,000 generated adapters and headers for each property; about half an hour
+	FUZZ_EXAMPLES=10000 $(PYTHON_BIN) -m pytest tests/fuzz
+
+fuzz-parsers: setup ## coverage-guided, a minute each, with atheris
+	$(PYTHON_BIN) -m pip install --quiet -e '.[fuzz]'
+	$(PYTHON_BIN) -m tests.fuzz.parsers json -max_total_time=60
+	$(PYTHON_BIN) -m tests.fuzz.parsers header -max_total_time=60
+
+bench: setup ## what LoRA costs, how much a load disturbs, how fast adapters are taken; on an idle machine
 	$(PYTHON_BIN) -m benchmarks.bench_lora_tax --json-out .cache/benchmarks/lora_tax.json
 	$(PYTHON_BIN) -m benchmarks.bench_load_stall --json-out .cache/benchmarks/load_stall.json
+	$(PYTHON_BIN) -m benchmarks.bench_admission --json-out .cache/benchmarks/admission.json
 
 unit: setup ## the fast part: no vLLM
 	$(PYTHON_BIN) -m pytest tests/unit tests/structure

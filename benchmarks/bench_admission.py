@@ -177,15 +177,20 @@ def admit_alone(folder: Path, store: Path) -> None:
     print(json.dumps({"seconds": round(spent, 1), "peak_megabytes": round(peak / 1e6)}))
 
 
+def cache_folder() -> Path:
+    """Where benchmarks work: on the disk of the checkout, outside git."""
+    folder = Path(".cache") / "benchmarks"
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder
+
+
 def main() -> None:
     """All three; the last line is JSON."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--adapters", type=int, default=1000)
     parser.add_argument("--skip-large", action="store_true")
-    parser.add_argument(
-        "--work-dir", type=Path, help="default: a temporary folder of the working folder's disk"
-    )
+    parser.add_argument("--work-dir", type=Path, help="default: .cache/benchmarks")
     parser.add_argument("--json-out", type=Path)
     parser.add_argument("--admit", nargs=2, type=Path, help=argparse.SUPPRESS)
     args = parser.parse_args()
@@ -193,7 +198,7 @@ def main() -> None:
         admit_alone(*args.admit)
         return
     report: dict[str, Any] = {"benchmark": "admission", **describe_machine()}
-    with tempfile.TemporaryDirectory(dir=args.work_dir or Path.cwd(), prefix=".bench-") as folder:
+    with tempfile.TemporaryDirectory(dir=args.work_dir or cache_folder(), prefix="bench-") as folder:
         report["one"] = compare_with_a_copy(Path(folder), args.rounds)
         report["many"] = many(Path(folder), args.adapters)
         if not args.skip_large:
