@@ -152,7 +152,9 @@ class Catalog:
 
         Raises:
             AdapterExists: the name belongs to something else, or is there and `replace` is off.
+            VersionMissing, VersionDamaged: the store does not hold it.
         """
+        self.store.open(version.digest)
 
         def change(state: State) -> None:
             self._check_name(state, name, version, replace, folder)

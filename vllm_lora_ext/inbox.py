@@ -120,7 +120,9 @@ class Inbox:
     def _publish_all(self, finished: Sequence[tuple[Item, _Outcome]], done: _Done | None) -> None:
         with self.catalog.together():
             inspections = [self._publish(item, outcome) for item, outcome in finished]
-        for (item, _), inspection in zip(finished, inspections, strict=True):
+        for (item, outcome), inspection in zip(finished, inspections, strict=True):
+            if isinstance(outcome, Admitted):
+                outcome.version.release()
             if done is not None:
                 done(item, inspection)
 

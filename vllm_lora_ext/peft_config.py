@@ -202,6 +202,22 @@ def resolve_pattern(pattern: Mapping[str, Any], modules: Sequence[str]) -> dict[
     return found
 
 
+class LiteralPattern:
+    """A checked pattern without expressions: the first key that names the end of a module's name wins."""
+
+    def __init__(self, pattern: Mapping[str, Any]) -> None:
+        self._keys: dict[str, tuple[int, Any]] = {}
+        for order, (key, value) in enumerate(pattern.items()):
+            for name in key.split("|"):
+                self._keys.setdefault(name, (order, value))
+
+    def value_of(self, module: str) -> Any:
+        """The value for a module, None if no key names it."""
+        names = [f"^{module}", *dotted_suffixes(module)]
+        found = [self._keys[name] for name in names if name in self._keys]
+        return min(found, key=lambda item: item[0])[1] if found else None
+
+
 def pattern_name(module: str) -> str:
     """What patterns call a module: fused experts go by their parameters (vllm/lora/peft_helper.py)."""
     if module.endswith(".experts.base_layer"):

@@ -25,16 +25,18 @@ def publish(
     """
     with fetched(source, catalog.state_dir / "incoming") as folder:
         admitted = admit(folder, catalog.store, rules, source.name)
-    version = version_of(admitted, catalog, rules, source)
     try:
+        version = version_of(admitted, catalog, rules, source)
         return catalog.publish(source.name, version, replace), admitted.inspection
     finally:
+        admitted.version.release()
         catalog.collect()
 
 
 def judge_published(name: str, version: Version, catalog: Catalog, rules: Rules) -> list[Finding]:
     """What speaks against serving a stored version with these limits and on this base; reads no weights."""
-    if not catalog.store.has(version.digest):
+    sizes = [part[:1] for part in catalog.store.signature(version.digest)]
+    if not catalog.store.has(version.digest) or sizes != [list(part[:1]) for part in version.signature]:
         rule = "is not whole in the store any more"
         return [Finding("version_damaged", f"{name}@{version.short}", rule, "Publish the adapter again.")]
     findings = judge_rank(name, version.rank, rules.limits)

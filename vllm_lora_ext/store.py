@@ -15,15 +15,14 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-import os
 import re
 import shutil
 import uuid
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from vllm_lora_ext.contract import TEMPLATE_FILE, ChatSettings
 from vllm_lora_ext.errors import StoreFailed, VersionDamaged, VersionMissing
@@ -40,12 +39,21 @@ _MAX_JSON_BYTES = 16 << 20
 
 @dataclass(frozen=True)
 class StoredVersion:
-    """One version in the store. `files` are the SHA-256 digests of what the digest covers."""
+    """One version in the store. `files` are the SHA-256 digests of what the digest covers.
+
+    One that was just stored is leased while this object lives, until `release`: no name has it yet.
+    """
 
     digest: str
     folder: Path
     files: Mapping[str, str]
     chat: ChatSettings
+    hold: BinaryIO | None = field(default=None, repr=False, compare=False)
+
+    def release(self) -> None:
+        """Let it be collected, if no name has it by now."""
+        if self.hold is not None:
+            self.hold.close()
 
     @property
     def short(self) -> str:
@@ -105,15 +113,16 @@ class AdapterStore:
         write_new(staging.folder / PROVENANCE_FILE, canonical(dict(provenance)))
         sync_folder(staging.folder)
         failpoint("store.written")
-        final = self.root / digest
-        if not self._is_whole(digest):
+        hold = self._hold_whole(digest)
+        if hold is None:
+            hold = _held(staging.folder)
             _make_read_only(staging.folder)
             self._discard(digest)  # a damaged one gives way
-            staging.folder.rename(final)
+            staging.folder.rename(self.root / digest)
             failpoint("store.renamed")
             sync_folder(self.root)
         failpoint("store.synced")
-        return self.open(digest)
+        return replace(self.open(digest), hold=hold)
 
     def has(self, digest: str) -> bool:
         """Whether a version is there, with all its files at their full length. Reads no weights."""
@@ -166,16 +175,12 @@ class AdapterStore:
         Raises:
             VersionMissing, VersionDamaged: as `open`.
         """
-        path = self.root / digest / VERSION_FILE
         try:
-            file = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+            hold = _held(self.root / digest)
         except OSError as error:
             raise VersionMissing(digest[:12]) from error
-        try:
-            lock_file(file, shared=True, wait=True)
+        with hold:
             yield self.open(digest)  # it may have been collected between opening and locking
-        finally:
-            os.close(file)
 
     def digests(self) -> set[str]:
         """All versions that have a name here."""
@@ -204,13 +209,6 @@ class AdapterStore:
         _remove(trash)
         failpoint("collect.removed")
 
-    def _is_whole(self, digest: str) -> bool:
-        try:
-            self.verify(digest)
-        except (VersionMissing, VersionDamaged):
-            return False
-        return True
-
     def sweep(self) -> None:
         """Remove what a crash left behind. For the one that may write, before it does."""
         if self.root.is_dir():
@@ -218,15 +216,31 @@ class AdapterStore:
                 if entry.name.startswith(".") and entry.suffix in (".partial", ".trash"):
                     _remove(entry)
 
+    def _hold_whole(self, digest: str) -> BinaryIO | None:
+        """A lease on a version that is there, byte for byte; None if it is not."""
+        hold = None
+        try:
+            hold = _held(self.root / digest)
+            self.verify(digest)
+        except (OSError, VersionMissing, VersionDamaged):
+            if hold is not None:
+                hold.close()
+            return None
+        return hold
+
     def _is_leased(self, digest: str) -> bool:
         try:
-            file = os.open(self.root / digest / VERSION_FILE, os.O_RDONLY | os.O_CLOEXEC)
+            with (self.root / digest / VERSION_FILE).open("rb") as file:
+                return not lock_file(file.fileno())
         except OSError:
             return False  # damaged: nobody can have opened it
-        try:
-            return not lock_file(file)
-        finally:
-            os.close(file)
+
+
+def _held(folder: Path) -> BinaryIO:
+    """A version's `version.json`, open and locked: a lease until it is closed."""
+    file = (folder / VERSION_FILE).open("rb")
+    lock_file(file.fileno(), shared=True, wait=True)
+    return file
 
 
 def is_version_folder(folder: Path) -> bool:

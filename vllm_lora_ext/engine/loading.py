@@ -16,6 +16,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
 import torch
+from vllm.distributed import get_pp_group
 from vllm.exceptions import LoRAAdapterNotFoundError
 from vllm.lora.lora_model import LoRAModel
 from vllm.lora.model_manager import LoRAModelManager
@@ -25,6 +26,7 @@ from vllm.lora.utils import get_adapter_absolute_path, is_base_embedding_weights
 
 from vllm_lora_ext.background import lower_priority
 from vllm_lora_ext.engine.weights import read_adapter_files
+from vllm_lora_ext.peft_config import LiteralPattern
 
 _LOADERS = 4  # so that one disk that hangs does not keep the others waiting
 
@@ -49,6 +51,10 @@ def load_adapter(
         raise LoRAAdapterNotFoundError(request.lora_name, request.lora_path) from error
     peft = PEFTHelper.from_dict({**config, "vllm_max_position_embeddings": max_positions})
     peft.validate_legal(manager.lora_config)
+    # vLLM tries every pattern on every module, compiling it anew once there are more than a few hundred.
+    patterns = {id(peft.rank_pattern): peft.rank_pattern, id(peft.alpha_pattern): peft.alpha_pattern}
+    literal = {key: LiteralPattern(pattern) for key, pattern in patterns.items()}
+    peft._match_pattern = lambda pattern, module: literal[id(pattern)].value_of(module)
     mapper = getattr(manager.model, "hf_to_vllm_mapper", None)
     mapper = mapper.get_rename_mapper() if mapper is not None else None
     skipped = getattr(manager.model, "lora_skip_prefixes", None)
@@ -69,6 +75,8 @@ def load_adapter(
     manager._validate_modules_to_save(lora)
     manager._validate_token_classification_lora(lora)
     manager._create_merged_loras_inplace(lora)
+    if not peft.modules_to_save and get_pp_group().world_size == 1:
+        _check_effect(lora, manager)
     if keep_transposed:
         _transpose(lora)
     return lora
@@ -108,6 +116,12 @@ def _check_pairs(lora: LoRAModel) -> None:
     for name, weights in lora.loras.items():
         if weights.lora_a is None or weights.lora_b is None:
             raise ValueError(f"{name} has only one of lora_A and lora_B")
+
+
+def _check_effect(lora: LoRAModel, manager: LoRAModelManager) -> None:
+    """An adapter that no module of this model uses would be answered by the base, with nobody told."""
+    if not any(manager._get_lora_layer_weights(lora, name) is not None for name in manager.modules):
+        raise ValueError(f"none of its {len(lora.loras)} modules is one of this model, so it changes nothing")
 
 
 def _transpose(lora: LoRAModel) -> None:
