@@ -58,7 +58,7 @@ class ServeConfig:
     @property
     def wants_adapters(self) -> bool:
         """Whether LoRA is asked for at all; without it this is a plain vLLM server."""
-        return bool(self.adapters or self.modules or self.stated.get("enable_lora"))
+        return bool(self.adapters or self.modules or self.state_dir or self.stated.get("enable_lora"))
 
 
 def add_own_flags(parser: argparse.ArgumentParser) -> None:

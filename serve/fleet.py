@@ -19,7 +19,7 @@ from vllm_lora_ext.peft_format import named_base_model
 from vllm_lora_ext.publishing import judge_published
 from vllm_lora_ext.records import Entry
 from vllm_lora_ext.sources import AdapterSource
-from vllm_lora_ext.spec import Finding
+from vllm_lora_ext.spec import Finding, printable
 
 
 @dataclass(frozen=True)
@@ -136,7 +136,7 @@ def fleet_table(rows: Sequence[FleetRow], title: str | None = None) -> Table:
         size = "-" if row.size_bytes is None else f"{row.size_bytes / 1e6:.1f} MB"
         reason = "\n".join(str(finding) for finding in row.findings)
         version = [row.version or "-"] if versions else []
-        table.add_row(row.name, *version, rank, size, row.template, row.state, reason)
+        table.add_row(printable(row.name), *version, rank, size, row.template, row.state, reason)
     return table
 
 

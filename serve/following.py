@@ -14,7 +14,7 @@ from vllm_lora_ext.admission import refused
 from vllm_lora_ext.background import lower_priority
 from vllm_lora_ext.catalog import Catalog
 from vllm_lora_ext.contract import template_to_use
-from vllm_lora_ext.errors import VllmLoraError
+from vllm_lora_ext.errors import StoreFailed, VllmLoraError
 from vllm_lora_ext.inspection import Rules
 from vllm_lora_ext.intake import admit
 from vllm_lora_ext.names import judge_name
@@ -66,9 +66,12 @@ class StoreGate:
 
         try:
             version, trained = await self.admitted(request.lora_name, request.lora_path)
+            return await self.load_version(request.lora_name, version, trained, request, base_model_name)
+        except StoreFailed as error:
+            logger.error("Adapter %s was not stored: %s", request.lora_name, error)
+            return create_error_response(f"{request.lora_name} could not be stored: {error.rule}")
         except VllmLoraError as error:
             return create_error_response(str(error))
-        return await self.load_version(request.lora_name, version, trained, request, base_model_name)
 
     async def load_version(
         self,
@@ -82,23 +85,29 @@ class StoreGate:
         from vllm.entrypoints.serve.engine.protocol import ErrorResponse
 
         stored = request.model_copy(update={"lora_name": name, "lora_path": str(version.folder)})
-        lease = ExitStack()
-        try:
-            lease.enter_context(self.store.lease(version.digest))
+        with self.store.lease(version.digest):
+            version.release()
             outcome = await self._load(stored, base_model_name)
-        except BaseException:
-            lease.close()
-            raise
-        if isinstance(outcome, ErrorResponse):
-            lease.close()
-            outcome.error.message = outcome.error.message.replace(str(version.folder), "its folder")
-            return outcome
+            if isinstance(outcome, ErrorResponse):
+                outcome.error.message = outcome.error.message.replace(str(version.folder), "its folder")
+                return outcome
+            self.keep(name, version, trained)
+        return outcome
+
+    def keep(self, name: str, version: StoredVersion, trained: bool) -> None:
+        """Lease the version that `name` stands for, and render its chats by its own template.
+
+        Raises:
+            VersionMissing: it was collected.
+        """
+        lease = ExitStack()
+        lease.enter_context(self.store.lease(version.digest))
+        version.release()
         self._release(name)
         self._leases[name] = lease
         template = template_to_use(replace(version.chat, trained=trained), self._stated_template)
         if template is not None:
             self.templates[name] = template
-        return outcome
 
     async def unload_lora_adapter(self, request: UnloadLoRAAdapterRequest) -> ErrorResponse | str:
         """As vLLM's; the version may be collected from then on."""
@@ -142,7 +151,8 @@ class _GuardedResolver:
         if request is None:
             return None
         try:
-            version, _ = await self._gate.admitted(lora_name, request.lora_path)
+            version, trained = await self._gate.admitted(lora_name, request.lora_path)
+            self._gate.keep(lora_name, version, trained)
         except VllmLoraError as error:
             logger.warning("Adapter %s was found by %s and is refused: %s", lora_name, self._resolver, error)
             return None
@@ -175,8 +185,8 @@ class CatalogFollower:
             try:
                 if self._catalog.refresh():
                     await self.load_new()
-            except VllmLoraError as error:
-                logger.error("The catalog cannot be followed: %s", error)
+            except Exception:  # a flaw must not leave the server blind to what is published
+                logger.exception("The catalog cannot be followed")
 
     async def _load(self, entry: Entry) -> str | None:
         """Why it could not be loaded, None if it is."""

@@ -16,7 +16,14 @@ from pathlib import Path
 from typing import Any
 
 from serve.config import INFERRED, OwnFlags, ServeConfig, add_own_flags, read_config, read_own_flags
-from serve.fleet import agreed_base_model, default_state_dir, fleet_rows, fleet_table, served_ranks
+from serve.fleet import (
+    FleetRow,
+    agreed_base_model,
+    default_state_dir,
+    fleet_rows,
+    fleet_table,
+    served_ranks,
+)
 from serve.plan import flag_of, infer_adapters, infer_compilation, infer_kv_cache, infer_server, plain_command
 from serve.ready_watch import ReadyWatch
 from serve.screen import screen
@@ -26,7 +33,7 @@ from vllm_lora_ext.engine import compat, native
 from vllm_lora_ext.errors import AdapterRefused, BadSetting, MissingPackage, PortInUse, ServerFailed
 from vllm_lora_ext.inbox import Inbox, Item
 from vllm_lora_ext.inspection import Rules
-from vllm_lora_ext.sources import AdapterSource, find_sources
+from vllm_lora_ext.sources import AdapterSource, find_sources, name_and_place
 from vllm_lora_ext.spec import EngineLimits
 
 PLUGIN_NAME = "vllm_lora"
@@ -36,6 +43,7 @@ _PLUGIN_GROUPS = (
     "vllm.io_processor_plugins",
     "vllm.stat_logger_plugins",
 )
+_LONGEST_STOP_S = 10.0  # for an adapter that is being taken; what is half written is swept at the next start
 _FEW_CORES = 4  # below this, a core kept free for the API server costs more than it brings
 
 
@@ -157,10 +165,10 @@ def apply_plan(
     remembered = catalog.base().get("name") if catalog else None
     base = read_base_model(config.base_model or agreed_base_model(sources, remembered))
     inferred = infer_server(base.public_name, config.stated)
-    inbox = None
+    inbox, rows = None, list[FleetRow]()
     if catalog is not None:
-        inbox, items, ranks = admit_fleet(sources, base, config, catalog)
-        inferred += infer_adapters(ranks, config.stated)
+        inbox, items, rows = admit_fleet(sources, base, config, catalog)
+        inferred += infer_adapters(list(served_ranks(rows)), config.stated)
     if (free := free_memory_of_cpu_platform()) is not None:
         inferred += infer_kv_cache(free, config.stated)
         inferred += infer_compilation(weights_size(base.name), native.compiler() is not None, config.stated)
@@ -173,7 +181,8 @@ def apply_plan(
     args.model = args.model_tag = base.name
     args.lora_modules = None  # they are served from the catalog
     args.state_dir = None if catalog is None else str(catalog.state_dir)
-    pairs = [(source.name, source.path) for source in sources]
+    served = {row.name for row in rows if not row.is_refused}
+    pairs = [(source.name, source.path) for source in sources if source.name in served]
     out.print(
         "as plain vLLM:",
         plain_command(base.name, inferred, pairs, vllm_words(own.passed_on, config.base_model)),
@@ -183,7 +192,7 @@ def apply_plan(
 
 def open_catalog(config: ServeConfig) -> Catalog:
     """The catalog of the folders that are served, locked against a second server; says where it is."""
-    places = [value if Path(value).exists() else value.partition("=")[2] for value in config.adapters]
+    places = [name_and_place(value)[1] for value in config.adapters]
     places += [source.path for source in config.modules]
     state_dir = (config.state_dir or default_state_dir(places)).absolute()
     catalog = Catalog(state_dir, keep_versions=config.keep_versions)
@@ -193,10 +202,10 @@ def open_catalog(config: ServeConfig) -> Catalog:
 
 def admit_fleet(
     sources: Sequence[AdapterSource], base: BaseModel, config: ServeConfig, catalog: Catalog
-) -> tuple[Inbox, list[Item], list[int | None]]:
+) -> tuple[Inbox, list[Item], list[FleetRow]]:
     """Look at every adapter, show the table, and take what replaces something that is served.
 
-    Gives what is new, to be taken beside the engine's start, and the ranks of all that will be served.
+    Gives what is new, to be taken beside the engine's start, and the table's rows.
 
     Raises:
         AdapterRefused: with --strict, when any adapter is refused.
@@ -205,13 +214,13 @@ def admit_fleet(
     rules = Rules(base, base_names, allow=config.allow)
     limits = EngineLimits(int(config.stated.get("max_lora_rank", EngineLimits().max_lora_rank)))
     inbox = Inbox(catalog, rules)
-    items = inbox.scan(sources)
+    items = inbox.scan(sources, retire=bool(config.adapters or config.modules))
     catalog.note_base(base.name, base.fingerprint)
     served = set(catalog.names())
     # A name is served in one version from the start, so what changes one is taken now.
     now = [item for item in items if config.strict or item.source.name in served]
     inbox.take_all(now)
-    items = inbox.scan(sources) if any(item.is_pending for item in now) else items
+    items = inbox.scan(sources, retire=False) if any(item.is_pending for item in now) else items
     rows = fleet_rows(items, catalog, dataclasses.replace(rules, limits=limits))
     if rows:
         screen().print(fleet_table(rows))
@@ -220,7 +229,7 @@ def admit_fleet(
     for row in rows:
         if config.strict and row.is_refused:
             raise AdapterRefused(row.name, row.findings)
-    return inbox, items, list(served_ranks(rows))
+    return inbox, items, rows
 
 
 @contextmanager
@@ -232,7 +241,7 @@ def taking(inbox: Inbox, items: Sequence[Item]) -> Iterator[None]:
         yield
     finally:
         inbox.stop()
-        thread.join()
+        thread.join(_LONGEST_STOP_S)
 
 
 def free_memory_of_cpu_platform() -> int | None:

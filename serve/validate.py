@@ -15,7 +15,7 @@ from vllm_lora_ext.errors import BadBaseModel, BadSetting
 from vllm_lora_ext.inspection import Inspection, inspect_adapter, inspect_values
 from vllm_lora_ext.names import name_key, taken
 from vllm_lora_ext.sources import AdapterSource, find_sources
-from vllm_lora_ext.spec import EngineLimits
+from vllm_lora_ext.spec import EngineLimits, printable
 
 
 def main(argv: Sequence[str]) -> int:
@@ -71,7 +71,7 @@ def _named_base(source: AdapterSource) -> BaseModel | None:
 def inspection_data(item: Inspection) -> dict[str, object]:
     """An inspection for machines."""
     return {
-        "adapter": item.name,
+        "adapter": printable(item.name),
         "state": item.state,
         "rank": item.spec.max_rank if item.spec else None,
         "size_bytes": item.spec.size_bytes if item.spec else None,

@@ -191,6 +191,109 @@ LONG_NUMBER = b'{"r": ' + b"9" * 5000 + b"}"
 METADATA_ONLY = header('{"__metadata__":{"format":"pt"}}')
 ENDLESS_HEADER = (1 << 60).to_bytes(8, "little") + b"{}"
 
+
+def many(names: list[str], shape: list[int] | None = None) -> Callable[[Path], object]:
+    """A weights file of tensors without a byte, which costs an attacker only a header."""
+    entry = {"dtype": "F32", "shape": shape or [8, 0], "data_offsets": [0, 0]}
+    return raw_weights(header(json.dumps(dict.fromkeys(names, entry), separators=(",", ":"))))
+
+
+def modules(count: int, stem: str = "base_model.model.m") -> list[str]:
+    return [f"{stem}{number}.q_proj.lora_A.weight" for number in range(count)]
+
+
+def alternatives(count: int) -> str:
+    return "|".join(f"a{number}" for number in range(count))
+
+
+def with_identity(**body: Any) -> Callable[[Path], object]:
+    return lambda folder: (folder / "identity.json").write_text(json.dumps(body))
+
+
+def both(*spoils: Callable[[Path], object]) -> Callable[[Path], object]:
+    return lambda folder: [spoil(folder) for spoil in spoils]
+
+
+def added(name: str, value: np.ndarray) -> Callable[[Path], object]:
+    return lambda folder: save_file(load_file(folder / WEIGHTS) | {name: value}, folder / WEIGHTS)
+
+
+def base_embeddings_only(folder: Path) -> None:
+    name = "base_model.model.model.embed_tokens.base_layer.weight"
+    save_file({name: np.ones((512, 64), np.float32)}, folder / WEIGHTS)
+
+
+# What an attacker would write to keep us busy: the test holds each to a bound.
+MOST = 20_000  # modules of a file that is gone through to its end
+LONGEST = "base_model.model." + "a." * 26
+ENDLESS_LISTS = header('{"a":[' + "[]," * 4_000_000 + "1]}")
+ENDLESS_NUMBERS = header('{"a":[' + "1," * 8_000_000 + "1]}")
+WORK = [
+    BadAdapter("W1", "a name of 20,000 dots", many(["a" + ".a" * 20_000]), "weights_corrupt", True),
+    BadAdapter("W1", "names of 32 parts", many(modules(MOST, LONGEST)), "module_unknown"),
+    BadAdapter(
+        "W2",
+        "long layers_pattern",
+        config(layers_to_transform=[0], layers_pattern=[f"a{n}" for n in range(90_000)]),
+        "pattern_unsupported",
+        True,
+    ),
+    BadAdapter(
+        "W2",
+        "layers_to_transform, target_modules and exclude_modules without end",
+        both(
+            config(
+                layers_to_transform=[*range(1000, 30_000)],
+                layers_pattern=["a", "b", "c", "layers"],
+                target_modules=[f"a{n}" for n in range(30_000)] + ["q_proj"],
+                exclude_modules=[f"a{n}" for n in range(30_000)],
+            ),
+            many(modules(MOST, "base_model.model.layers.")),
+        ),
+        "target_modules_mismatch",
+    ),
+    BadAdapter(
+        "W3",
+        "a key of 140,000 names",
+        config(rank_pattern={alternatives(140_000): 8}),
+        "pattern_unsupported",
+        True,
+    ),
+    BadAdapter(
+        "W3",
+        "keys of 40,000 names",
+        both(
+            config(rank_pattern={alternatives(40_000): 8}, alpha_pattern={alternatives(40_000): 8}),
+            many(modules(MOST)),
+        ),
+        "module_unknown",
+    ),
+    BadAdapter("W3", "70,000 settings", config(**{f"a{n}": 1 for n in range(70_000)}), "config_invalid"),
+    BadAdapter(
+        "W4",
+        "digests of 15,000 files",
+        with_identity(files={f"f{n}": "0" * 50 for n in range(15_000)}),
+        "chat_settings_invalid",
+    ),
+    BadAdapter("W4", "identity.json of 16 MiB", with_identity(a="a" * (16 << 20)), "too_large", True),
+    BadAdapter("W5", "39,000 halves of pairs", many(modules(39_000)), "too_large", True),
+    BadAdapter("W5", "150,000 tensors", many([f"a{n}" for n in range(150_000)]), "too_large", True),
+    BadAdapter("W5", "a header of brackets", raw_weights(ENDLESS_LISTS), "too_large", True),
+    BadAdapter("W5", "a header of numbers", raw_weights(ENDLESS_NUMBERS), "too_large", True),
+    BadAdapter(
+        "W6",
+        "90,000 heads",
+        both(config(modules_to_save=[f"a{n}" for n in range(90_000)]), many(modules(MOST))),
+        "feature_unsupported",
+    ),
+    BadAdapter(
+        "W7",
+        "an expression of a millisecond a module",
+        both(config(target_modules="(a|a){6}(.|.){3}.*x|.*"), many(modules(MOST))),
+        "module_unknown",
+    ),
+]  # fmt: skip
+
 BAD_ADAPTERS = [
     BadAdapter("A1", "folder gone", lambda folder: shutil.rmtree(folder), "adapter_missing", True),
     BadAdapter("A2", "no config", lambda folder: (folder / CONFIG).unlink(), "config_missing", True),
@@ -291,9 +394,10 @@ BAD_ADAPTERS = [
     BadAdapter("A30", "1e38", first_value(1e38), "weights_out_of_range"),
     BadAdapter("A30", "-70000", first_value(-70000.0), "weights_out_of_range"),
     *(
-        BadAdapter("A31", str(np.dtype(kind)), tensors(A=np.ones((8, 64), kind)), "dtype_unsupported")
+        BadAdapter("A31", str(np.dtype(kind)), tensors(A=np.ones((8, 64), kind)), "dtype_unsupported", True)
         for kind in (np.int8, np.int64, np.bool_, np.uint16)
     ),
+    BadAdapter("A27", "a copy of the base's embeddings only", base_embeddings_only, "adapter_empty", True),
     BadAdapter("A32", "1-D", tensors(A=np.zeros(8, np.float32)), "shape_mismatch"),
     BadAdapter("A32", "3-D", tensors(A=np.zeros((1, 8, 64), np.float32)), "shape_mismatch"),
     BadAdapter("A32", "0-size", tensors(A=np.zeros((0, 64), np.float32)), "shape_mismatch"),
@@ -359,6 +463,20 @@ BAD_ADAPTERS = [
         ),
         "vocab_unsupported",
     ),
+    BadAdapter("A41", "a head", config(modules_to_save=["score"]), None),
+    BadAdapter(
+        "A41",
+        "a head on a model that is no classifier",
+        both(config(modules_to_save=["score"]), added("base_model.model.score.weight", NARROW[:2])),
+        "feature_unsupported",
+    ),
+    BadAdapter(
+        "A41",
+        "a linear layer's matrix as an embedding's",
+        every_tensor(lambda name, value: (name.replace("lora_A.weight", "lora_embedding_A"), value)),
+        "module_unknown",
+    ),
+    *WORK,
     BadAdapter("A42", "digest differs", with_checksum, "checksum_mismatch"),
     BadAdapter("T", "template over 64 KiB", template("x" * 70_000), "template_refused", True),
     BadAdapter(

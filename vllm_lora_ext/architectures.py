@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 Shape = tuple[int, int]  # (out_features, in_features)
@@ -63,6 +63,7 @@ class Decoder(NamedTuple):
     experts: int | None = None  # in layers of a mixture, where the config does not say
     has_dense_layers: bool = False  # a mixture whose config says which layers are ordinary
     is_head_dim_derived: bool = False  # the config's head_dim is not looked at
+    vocab: int | None = None  # where a config inside another leaves it out
 
 
 DECODERS: Mapping[str, Decoder] = {
@@ -74,7 +75,7 @@ DECODERS: Mapping[str, Decoder] = {
     "qwen3": Decoder(_LLAMA, 4096, 22016, 32, 32, 32, 128),
     "gemma": Decoder(_LLAMA, 3072, 24576, 28, 16, 16, 256),
     "gemma2": Decoder(_LLAMA, 2304, 9216, 26, 8, 4, 256),
-    "gemma3_text": Decoder(_LLAMA, 2304, 9216, 26, 8, 4, 256),
+    "gemma3_text": Decoder(_LLAMA, 2304, 9216, 26, 8, 4, 256, vocab=262_208),
     "smollm3": Decoder(_LLAMA, 2048, 11008, 36, 16, 4),
     "granite": Decoder(_LLAMA, 4096, 11008, 32, 32),
     "olmo": Decoder(_LLAMA, 4096, 11008, 32, 32),
@@ -165,14 +166,22 @@ class Architecture:
     vocabulary_names: frozenset[str]
     vocabulary: Shape | None  # (vocab_size, hidden_size)
     blocks: frozenset[str]
+    numbers: Mapping[
+        str, Any
+    ]  # the config's, with what it leaves out: two configs of one model agree in them
 
     def is_unjudged(self, module: str) -> bool:
         """Whether the model has this module, or may have it, and we do not claim to know its shape."""
         if module in self.shapes:
             return False
-        parts = module.split(".")
-        inside = any(".".join(parts[:count]) in self.blocks for count in range(1, len(parts) + 1))
-        return inside or module in self.vocabulary_names
+        if module in self.vocabulary_names or module in self.blocks:
+            return True
+        end = module.find(".")
+        while end > 0:
+            if module[:end] in self.blocks:
+                return True
+            end = module.find(".", end + 1)
+        return False
 
 
 class _Unclear(ValueError):
@@ -195,10 +204,12 @@ def describe(config: Mapping[str, Any]) -> Architecture | None:
 def _describe_wrapped(wrapper: Wrapper, config: Mapping[str, Any]) -> Architecture:
     text = config.get("text_config")
     if text is None and wrapper.may_be_flat:
-        return _describe(INNER_DECODERS[wrapper.decoder], config, wrapper.stems, wrapper.others)
+        flat = _describe(INNER_DECODERS[wrapper.decoder], config, wrapper.stems, wrapper.others)
+        return replace(flat, numbers={**flat.numbers, "decoder": wrapper.decoder})
     if not isinstance(text, Mapping) or text.get("per_layer_config"):
         raise _Unclear("text_config")
-    decoder = _inner_decoder(wrapper, text)
+    name = text.get("model_type", wrapper.decoder) if wrapper.takes_any_decoder else wrapper.decoder
+    decoder = _inner_decoder(wrapper, name)
     # Such configs leave out what transformers takes anyway; a model of its own states its sizes.
     sizes = {
         "hidden_size": decoder.hidden,
@@ -206,13 +217,15 @@ def _describe_wrapped(wrapper: Wrapper, config: Mapping[str, Any]) -> Architectu
         "num_hidden_layers": decoder.layers,
         "num_attention_heads": decoder.heads,
     }
-    return _describe(decoder, {**sizes, **text}, wrapper.stems, wrapper.others)
+    if decoder.vocab:
+        sizes["vocab_size"] = decoder.vocab
+    nested = _describe(decoder, {**sizes, **text}, wrapper.stems, wrapper.others)
+    return replace(nested, numbers={**nested.numbers, "decoder": name})
 
 
-def _inner_decoder(wrapper: Wrapper, text: Mapping[str, Any]) -> Decoder:
+def _inner_decoder(wrapper: Wrapper, name: Any) -> Decoder:
     if not wrapper.takes_any_decoder:
         return INNER_DECODERS.get(wrapper.decoder) or DECODERS[wrapper.decoder]
-    name = text.get("model_type", wrapper.decoder)
     if not isinstance(name, str) or name not in DECODERS:
         raise _Unclear("model_type")
     return DECODERS[name]
@@ -221,8 +234,8 @@ def _inner_decoder(wrapper: Wrapper, text: Mapping[str, Any]) -> Decoder:
 def _describe(
     decoder: Decoder, config: Mapping[str, Any], stems: tuple[str, ...], others: tuple[str, ...] = ()
 ) -> Architecture:
-    widths = _widths(decoder, config)
-    layers = _whole(config, "num_hidden_layers", high=_MAX_LAYERS)
+    numbers = _numbers(decoder, config)
+    widths, layers = _widths(numbers), numbers["num_hidden_layers"]
     mixtures = _mixture_layers(decoder, config, layers)
     shapes = {
         f"{stem}.layers.{layer}.{module}": (widths[to_width], widths[from_width])
@@ -239,17 +252,32 @@ def _describe(
     vocabulary = None
     with suppress(_Unclear):
         vocabulary = _whole(config, "vocab_size"), widths["hidden"]
-    return Architecture(shapes, names, vocabulary, frozenset([*experts, *others]))
+    return Architecture(shapes, names, vocabulary, frozenset([*experts, *others]), numbers)
 
 
-def _widths(decoder: Decoder, config: Mapping[str, Any]) -> dict[str, int]:
+def _numbers(decoder: Decoder, config: Mapping[str, Any]) -> dict[str, Any]:
     hidden, heads = _whole(config, "hidden_size"), _whole(config, "num_attention_heads")
     needs_mlp = any(name.startswith("mlp.") for name in decoder.modules)
-    mlp = _whole(config, "intermediate_size") if needs_mlp else 0
+    mlp = _whole(config, "intermediate_size") if needs_mlp else config.get("intermediate_size", decoder.mlp)
     kv_heads = _whole_or(config, "num_key_value_heads", decoder.kv_heads, heads)
     head_dim = _whole_or(config, "head_dim", decoder.head_dim, hidden // heads)
     if decoder.is_head_dim_derived and head_dim * heads != hidden:
         raise _Unclear("head_dim")
+    return {
+        "hidden_size": hidden,
+        "intermediate_size": mlp,
+        "num_hidden_layers": _whole(config, "num_hidden_layers", high=_MAX_LAYERS),
+        "num_attention_heads": heads,
+        "num_key_value_heads": kv_heads,
+        "head_dim": head_dim,
+        "vocab_size": config.get("vocab_size"),
+    }
+
+
+def _widths(numbers: Mapping[str, Any]) -> dict[str, int]:
+    hidden, head_dim = numbers["hidden_size"], numbers["head_dim"]
+    mlp = numbers["intermediate_size"] if type(numbers["intermediate_size"]) is int else 0  # of no module
+    heads, kv_heads = numbers["num_attention_heads"], numbers["num_key_value_heads"]
     return {
         "hidden": hidden,
         "mlp": mlp,

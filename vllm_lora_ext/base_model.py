@@ -45,12 +45,25 @@ class BaseModel:
 
     @property
     def fingerprint(self) -> str:
-        """Digest of what decides whether an adapter fits: equal for a path and a hub id of one model."""
+        """Digest of what decides whether an adapter fits: equal for a path and a hub id of one model.
+
+        Of numbers as they are used, since one version of transformers writes out what another leaves to its
+        defaults; of the config as it stands only where we do not know the architecture.
+        """
+        if self._architecture is not None:
+            numbers = {"model_type": self.config["model_type"], **self._architecture.numbers}
+            return _digest(numbers)
         fields = {name: self.config.get(name) for name in _FINGERPRINT_FIELDS}
         inner = self.config.get("text_config")
         if isinstance(inner, Mapping):  # a vision-language model: the language model's sizes stand in there
             fields["text_config"] = {name: inner.get(name) for name in _FINGERPRINT_FIELDS}
-        return hashlib.sha256(json.dumps(fields, sort_keys=True).encode()).hexdigest()[:16]
+        return _digest(fields)
+
+    @property
+    def architectures(self) -> str:
+        """The names of the model's classes, as its config gives them; empty if it does not."""
+        names = self.config.get("architectures")
+        return ", ".join(str(name) for name in names) if isinstance(names, list) else ""
 
     @property
     def public_name(self) -> str:
@@ -81,6 +94,10 @@ class BaseModel:
         if self._architecture is None or self._architecture.vocabulary is None:
             return {}
         return dict.fromkeys(sorted(self._architecture.vocabulary_names), self._architecture.vocabulary)
+
+
+def _digest(fields: Mapping[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(fields, sort_keys=True).encode()).hexdigest()[:16]
 
 
 def read_base_model(name: str, offline: bool = False) -> BaseModel:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import shutil
 import weakref
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
@@ -52,6 +53,7 @@ class Catalog:
     def __init__(self, state_dir: Path, readonly: bool = False, keep_versions: int = KEEP_VERSIONS) -> None:
         self.state_dir, self.readonly, self.keep_versions = state_dir, readonly, keep_versions
         self.store = AdapterStore(state_dir / STORE_FOLDER)
+        self.incoming = state_dir / "incoming"  # what is fetched from elsewhere passes here
         self._file = state_dir / STATE_FILE
         self._lock = None if readonly else _Lock(state_dir)
         self._seen: tuple[int, int, int] | None = None
@@ -116,8 +118,11 @@ class Catalog:
         """
         entry = self.entry(name)
         wanted = entry.live if digest is None else digest
+        if len(wanted) < _SHORTEST_PREFIX:
+            rule = f"is too short for the beginning of a digest: {_SHORTEST_PREFIX} digits at least"
+            raise AdapterUnknown(repr(wanted)[:80], rule, "`vllm-lora show` lists the versions.")
         found = [version for version in entry.versions if version.digest.startswith(wanted)]
-        if len(found) != 1 or len(wanted) < _SHORTEST_PREFIX:
+        if len(found) != 1:
             there = ", ".join(version.digest[:12] for version in entry.versions)
             rule = f"is {'several versions' if len(found) > 1 else 'no version'} of {name}"
             raise AdapterUnknown(repr(wanted)[:80], rule, f"There is: {there}.")
@@ -186,11 +191,11 @@ class Catalog:
         if folder is not None or not replace:
             whose = "another folder" if old.folder else "a command"
             rule = f"is there already with other content, published from {whose}"
-            fix = "Say --replace to make this its live version, or choose another name."
+            fix = "`vllm-lora publish DIR --replace` makes this its live version; or choose another name."
             raise AdapterExists(name, [Finding("adapter_exists", name, rule, fix)])
 
     def rollback(self, name: str, to: str | None = None) -> Version:
-        """Make an earlier version live again: the one before, or `to` (the beginning of its digest).
+        """Make an earlier version live again: the one published before, or the one that begins with `to`.
 
         Raises:
             AdapterUnknown: no such name or version, or there is none before.
@@ -198,7 +203,8 @@ class Catalog:
         entry = self.entry(name)
         digest = self.resolve(name, to).digest if to is not None else entry.previous()
         if digest is None:
-            raise AdapterUnknown(name, "has no earlier version", "`vllm-lora show` lists what there is.")
+            fix = "`vllm-lora show` lists what there is; --to makes any of them live."
+            raise AdapterUnknown(name, "has no earlier version than the live one", fix)
 
         def change(state: State) -> None:
             state.entries[name] = entry.with_live(digest, Event(now(), "rollback", digest))
@@ -272,11 +278,14 @@ class Catalog:
         before, self._together = self._state, True
         try:
             yield
+        except BaseException:
+            self._state = before
+            raise
         finally:
             self._together = False
-            after, self._state = self._state, before
-            if after is not before:
-                self._save(after)
+        after, self._state = self._state, before
+        if after is not before:
+            self._save(after)
 
     def _commit(self, change: Callable[[State], object]) -> None:
         if self._lock is None:
@@ -293,11 +302,13 @@ class Catalog:
         failpoint("catalog.changed")
         try:
             self._write(state)
+            # From here on whoever opens the file sees the change, so we do.
+            self._state = state
+            self.revision += 1
+            self._seen = signature(self._file)
+            sync_folder(self.state_dir)
         except OSError as error:
             raise StoreFailed(STATE_FILE, error) from error
-        self._state = state
-        self.revision += 1
-        self._seen = signature(self._file)
         failpoint("catalog.committed")
 
     def _write(self, state: State) -> None:
@@ -312,11 +323,11 @@ class Catalog:
         finally:
             partial.unlink(missing_ok=True)
         failpoint("catalog.renamed")
-        sync_folder(self.state_dir)
 
     def _sweep(self) -> None:
         (self.state_dir / f".{STATE_FILE}.partial").unlink(missing_ok=True)
         self.store.sweep()
+        shutil.rmtree(self.incoming, ignore_errors=True)
 
 
 def now() -> str:

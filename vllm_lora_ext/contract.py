@@ -9,15 +9,15 @@ from __future__ import annotations
 
 import hashlib
 import json
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from vllm_lora_ext.errors import BadInput
-from vllm_lora_ext.files import read_whole
-from vllm_lora_ext.strict_json import JsonRefused, parse_object
+from vllm_lora_ext.files import LinkRefused, NotRegularFile, TooLarge, read_whole
+from vllm_lora_ext.peft_config import shown
+from vllm_lora_ext.strict_json import JsonRefused, parse_object, plain_number
 
 TEMPLATE_FILE = "chat_template.jinja"
 IDENTITY_FILE = "identity.json"
@@ -25,9 +25,9 @@ GENERATION_FILE = "generation_config.json"
 TOKENIZER_FILE = "tokenizer_config.json"
 CHAT_FILES = (TEMPLATE_FILE, IDENTITY_FILE, GENERATION_FILE, TOKENIZER_FILE)
 IDENTITY_FORMAT = 1
-_MAX_BYTES = {TEMPLATE_FILE: 1 << 20, IDENTITY_FILE: 16 << 20, GENERATION_FILE: 1 << 20}
-_MAX_TOKENIZER_BYTES = 64 << 20
-_MAX_STOPS, _MAX_SYSTEM_PROMPT = 16, 64 << 10
+# Tokenizers of 260,000 tokens have configs of 1.2 MB; identity.json is read more than once.
+_MAX_BYTES, _MAX_TOKENIZER_BYTES = 1 << 20, 8 << 20
+_MAX_STOPS, _MAX_SYSTEM_PROMPT, _MAX_FILES = 16, 64 << 10, 100
 # Sampling settings of `generation_config.json` that mean the same to vLLM, with the values they may have.
 _SAMPLING: dict[str, tuple[float, float]] = {
     "temperature": (0.0, 100.0),
@@ -37,6 +37,14 @@ _SAMPLING: dict[str, tuple[float, float]] = {
     "repetition_penalty": (0.0, 100.0),
     "max_new_tokens": (1, 1 << 31),
 }
+
+
+class BadChatSettings(BadInput):
+    """A chat file that cannot be read, or says what cannot be; `code` is the finding's code."""
+
+    def __init__(self, item: str, rule: str, fix: str, code: str = "chat_settings_invalid") -> None:
+        self.code = code
+        super().__init__(item, rule, fix)
 
 
 @dataclass(frozen=True)
@@ -68,7 +76,7 @@ class ChatSettings:
             "template_sha256": template,
             "system_prompt": self.system_prompt,
             "stop": list(self.stop),
-            "sampling": dict(sorted(self.sampling.items())),
+            "sampling": {name: plain_number(value) for name, value in sorted(self.sampling.items())},
         }
 
 
@@ -132,7 +140,7 @@ def read_chat_settings(folder: Path, follow_links: bool = True) -> ChatSettings:
     tokenizer's `tokenizer_config.json` (older trainers), else none.
 
     Raises:
-        BadInput: a file is there and cannot be read, or says what cannot be.
+        BadChatSettings: a file is there and cannot be read, or says what cannot be.
     """
     template = _read_text(folder / TEMPLATE_FILE, follow_links)
     identity = _read_object(folder / IDENTITY_FILE, follow_links)
@@ -144,6 +152,7 @@ def read_chat_settings(folder: Path, follow_links: bool = True) -> ChatSettings:
         if isinstance(vouched, dict) and vouched.get("trained") is True:
             trained = vouched.get("sha256") == _digest(template)
     system_prompt, stop = _system_prompt(identity), _stops(identity)
+    _digests(identity)
     for text in (template, system_prompt, *stop):
         _check_text(text)
     sampling = _sampling(_read_object(folder / GENERATION_FILE, follow_links))
@@ -154,7 +163,7 @@ def read_provenance(folder: Path, follow_links: bool = True) -> dict[str, Any]:
     """What `identity.json` tells of where the adapter comes from; empty if there is none.
 
     Raises:
-        BadInput: it cannot be read.
+        BadChatSettings: it cannot be read.
     """
     provenance = _read_object(folder / IDENTITY_FILE, follow_links).get("provenance")
     return provenance if isinstance(provenance, dict) else {}
@@ -164,11 +173,18 @@ def stated_digests(folder: Path, follow_links: bool = True) -> dict[str, str]:
     """The SHA-256 digests of files that `identity.json` states, by file name.
 
     Raises:
-        BadInput: it cannot be read.
+        BadChatSettings: it cannot be read, or states too many.
     """
-    files = _read_object(folder / IDENTITY_FILE, follow_links).get("files")
+    return _digests(_read_object(folder / IDENTITY_FILE, follow_links))
+
+
+def _digests(identity: Mapping[str, Any]) -> dict[str, str]:
+    files = identity.get("files")
     if not isinstance(files, dict):
         return {}
+    if len(files) > _MAX_FILES or not all(name.isprintable() for name in files):
+        rule = f"files must state the digests of at most {_MAX_FILES} files, by printable names"
+        raise BadChatSettings(IDENTITY_FILE, rule, "Leave out what is not the adapter's.")
     return {name: digest for name, digest in files.items() if isinstance(digest, str)}
 
 
@@ -177,7 +193,7 @@ def _check_text(text: str | None) -> None:
     try:
         (text or "").encode()
     except UnicodeEncodeError as error:
-        raise BadInput(
+        raise BadChatSettings(
             "chat settings", f"hold a text that is no Unicode ({error.reason})", "Change it."
         ) from error
 
@@ -188,7 +204,7 @@ def _system_prompt(identity: Mapping[str, Any]) -> str | None:
         return None
     if not isinstance(prompt, str) or len(prompt) > _MAX_SYSTEM_PROMPT:
         rule = f"system_prompt must be a text of at most {_MAX_SYSTEM_PROMPT} characters"
-        raise BadInput(IDENTITY_FILE, rule, "Change it.")
+        raise BadChatSettings(IDENTITY_FILE, rule, "Change it.")
     return prompt or None
 
 
@@ -197,7 +213,7 @@ def _stops(identity: Mapping[str, Any]) -> tuple[str, ...]:
     fits = isinstance(stops, list) and len(stops) <= _MAX_STOPS
     if not fits or not all(isinstance(stop, str) and 0 < len(stop) <= 1000 for stop in stops):
         rule = f"stop must be a list of at most {_MAX_STOPS} texts"
-        raise BadInput(IDENTITY_FILE, rule, "Change it.")
+        raise BadChatSettings(IDENTITY_FILE, rule, "Change it.")
     return tuple(stops)
 
 
@@ -207,9 +223,10 @@ def _sampling(generation: Mapping[str, Any]) -> dict[str, float]:
         value = generation.get(name)
         if value is None:
             continue
-        if type(value) not in (int, float) or not math.isfinite(value) or not least <= value <= most:
-            rule = f"{name} must be a number from {least} to {most}, is {str(value)[:40]!r}"
-            raise BadInput(GENERATION_FILE, rule, "Change it, or remove it.")
+        # Compared and not converted: a whole number may be larger than any float. NaN is in no range.
+        if type(value) not in (int, float) or not least <= value <= most:
+            rule = f"{name} must be a number from {least} to {most}, is {shown(value)}"
+            raise BadChatSettings(GENERATION_FILE, rule, "Change it, or remove it.")
         sampling[name] = value
     return sampling
 
@@ -223,15 +240,22 @@ def _tokenizers_template(path: Path, follow_links: bool) -> str | None:
     return template if isinstance(template, str) and template else None
 
 
+_INVALID = "chat_settings_invalid"
+_CODES = {LinkRefused: "link_refused", NotRegularFile: "not_regular_file", TooLarge: "too_large"}
+
+
 def _read(path: Path, follow_links: bool) -> bytes | None:
     """A file's content, byte for byte; None if there is none."""
     try:
-        return read_whole(path, _MAX_BYTES.get(path.name, _MAX_TOKENIZER_BYTES), follow_links)
+        limit = _MAX_TOKENIZER_BYTES if path.name == TOKENIZER_FILE else _MAX_BYTES
+        return read_whole(path, limit, follow_links)
     except FileNotFoundError:
         return None
     except (OSError, ValueError) as error:
         reason = error.strerror if isinstance(error, OSError) else error
-        raise BadInput(path.name, f"cannot be read ({reason})", "Repair the file, or remove it.") from error
+        code = next((code for kind, code in _CODES.items() if isinstance(error, kind)), _INVALID)
+        rule = f"cannot be read ({reason})"
+        raise BadChatSettings(path.name, rule, "Repair the file, or remove it.", code) from error
 
 
 def _read_text(path: Path, follow_links: bool) -> str | None:
@@ -241,7 +265,7 @@ def _read_text(path: Path, follow_links: bool) -> str | None:
         return None if data is None else data.decode("utf-8")
     except UnicodeDecodeError as error:
         fix = "Save it as UTF-8, or remove it."
-        raise BadInput(path.name, f"is not UTF-8 (byte {error.start})", fix) from error
+        raise BadChatSettings(path.name, f"is not UTF-8 (byte {error.start})", fix) from error
 
 
 def _digest(template: str) -> str:
@@ -258,8 +282,8 @@ def _read_object(path: Path, follow_links: bool) -> dict[str, Any]:
             return parse_object(data)
         body = json.loads(data)
     except JsonRefused as error:
-        raise BadInput(path.name, error.rule, "Repair the file, or remove it.") from error
+        raise BadChatSettings(path.name, error.rule, "Repair the file, or remove it.") from error
     except (ValueError, RecursionError) as error:
         rule = f"cannot be read as JSON ({error})"
-        raise BadInput(path.name, rule, "Repair the file, or remove it.") from error
+        raise BadChatSettings(path.name, rule, "Repair the file, or remove it.") from error
     return body if isinstance(body, dict) else {}

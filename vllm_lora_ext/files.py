@@ -147,7 +147,7 @@ def signature(path: Path) -> tuple[int, int, int] | None:
     """
     try:
         return _signature(path.stat())
-    except OSError:
+    except (OSError, ValueError):  # also a name that cannot be one
         return None
 
 

@@ -2,7 +2,7 @@
 
 A folder is an inbox, the catalog is the truth. A folder is taken only when the content of its files
 differs from what was taken last; so a restart, a rollback or a `rm` is never undone by a folder that
-simply lies there.
+simply lies there. Whatever one folder holds, the others are taken all the same.
 """
 
 from __future__ import annotations
@@ -11,8 +11,8 @@ import dataclasses
 import logging
 import threading
 import time
-from collections.abc import Callable, Iterable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeAlias
@@ -20,19 +20,28 @@ from typing import TypeAlias
 from vllm_lora_ext.background import lower_priority
 from vllm_lora_ext.catalog import Catalog, now
 from vllm_lora_ext.contract import ChatSettings
-from vllm_lora_ext.errors import AdapterExists, AdapterRefused, BadInput, StoreFailed, VllmLoraError
+from vllm_lora_ext.errors import AdapterRefused, BadInput, StoreFailed, VllmLoraError
 from vllm_lora_ext.inspection import Inspection, Rules, inspect_adapter, source_signature
 from vllm_lora_ext.intake import Admitted, admit
 from vllm_lora_ext.names import name_key, taken
 from vllm_lora_ext.records import FolderRecord, Version
 from vllm_lora_ext.sources import AdapterSource, fetched
-from vllm_lora_ext.spec import Finding
+from vllm_lora_ext.spec import Finding, printable
 
 logger = logging.getLogger("vllm.vllm_lora")
 
 RULES_FORMAT = 1  # raise it when admission learns something, so that refusals are looked at again
 _WORKERS = 4  # most of the time is waiting for the disk
 _SAVE_EVERY_S = 0.5  # the state file is written whole, so not for every adapter of a thousand
+
+# These are no property of the files' content, so the folder is looked at again every time.
+_PASSING = frozenset(
+    {
+        *("permission_denied", "too_many_files", "read_failed", "adapter_missing", "changed_while_reading"),
+        *("adapter_exists", "source_unreachable", "store_failed", "internal_error", "checksum_mismatch"),
+        "template_refused",  # its trial may have met a busy machine
+    }
+)
 
 
 @dataclass(frozen=True)
@@ -61,31 +70,43 @@ class Inbox:
 
     def __init__(self, catalog: Catalog, rules: Rules) -> None:
         self.catalog, self.rules = catalog, rules
-        base = rules.base.fingerprint if rules.base else ""
         self._stopped = threading.Event()
-        self._rules_mark = f"{RULES_FORMAT} {base} {' '.join(sorted(rules.allow))}".strip()
+        base = rules.base.fingerprint if rules.base else ""
+        self._rules_mark = " ".join(
+            [str(RULES_FORMAT), base, *sorted(rules.allow), *sorted(rules.base_names)]
+        )
 
-    def scan(self, sources: Sequence[AdapterSource]) -> list[Item]:
-        """Look at every source without reading weights; names whose folder is gone leave the catalog."""
-        self._retire(sources)
+    def scan(self, sources: Sequence[AdapterSource], retire: bool = True) -> list[Item]:
+        """Look at every source without reading weights.
+
+        With `retire`, names whose folder is not among the sources leave the catalog.
+        """
+        if retire:
+            self._retire(sources)
         known = self.catalog.folders()
         items, names = [], set[str]()
         for source in {source.key: source for source in sources}.values():
-            item = self._look(source, known.get(source.key))
+            try:
+                item = self._look(source, known.get(source.key))
+            except Exception as error:  # whatever a folder holds, the others are looked at
+                item = Item(source, None, _unread(source, [_internal_error(source.name, error)]))
             if name_key(source.name) in names:
-                item = dataclasses.replace(item, record=None, inspection=_twin(source, item.inspection))
+                inspection = item.inspection or _unread(source)
+                item = dataclasses.replace(
+                    item, record=None, inspection=inspection.with_findings([taken(source.name)])
+                )
             names.add(name_key(source.name))
             items.append(item)
         return items
 
     def _look(self, source: AdapterSource, record: FolderRecord | None) -> Item:
-        if source.folder is None:
-            return Item(source, record)  # what was fetched once stays until it is published again
+        if source.folder is None:  # what was fetched once stays until it is published again
+            return Item(source, record if record and record.source_digest else None)
         if record is not None and record.signature == source_signature(source.folder):
             same_rules = record.rules == self._rules_mark
             if same_rules or not record.findings:
                 return Item(source, record)
-        return Item(source, None, inspect_adapter(source.folder, self.rules, source.name))
+        return Item(source, None, inspect_adapter(source.folder, self.rules, source.name, try_template=False))
 
     def _retire(self, sources: Sequence[AdapterSource]) -> None:
         there = {source.key for source in sources}
@@ -99,62 +120,85 @@ class Inbox:
 
         `done` hears of each item once what became of it is on the disk.
         """
-        pending = [item for item in items if item.is_pending]
-        with ThreadPoolExecutor(_WORKERS, "adapter-intake", initializer=lower_priority) as pool:
-            finished: list[tuple[Item, _Outcome]] = []
-            saved = time.monotonic()
-            for item, outcome in zip(pending, pool.map(self._admit, pending), strict=True):
-                if outcome is None:
-                    break
-                finished.append((item, outcome))
-                if time.monotonic() - saved > _SAVE_EVERY_S:
-                    self._publish_all(finished, done)
-                    finished, saved = [], time.monotonic()
-            self._publish_all(finished, done)
+        finished: list[tuple[Item, _Outcome]] = []
+        saved = time.monotonic()
+        for item, outcome in self._outcomes([item for item in items if item.is_pending]):
+            finished.append((item, outcome))
+            if time.monotonic() - saved > _SAVE_EVERY_S:
+                if self._publish_all(finished, done):
+                    finished = []
+                saved = time.monotonic()
+        self._publish_all(finished, done)
         self.catalog.collect()
 
     def stop(self) -> None:
         """Let `take_all` end after what it is at; the rest is taken the next time."""
         self._stopped.set()
 
-    def _publish_all(self, finished: Sequence[tuple[Item, _Outcome]], done: _Done | None) -> None:
-        with self.catalog.together():
-            inspections = [self._publish(item, outcome) for item, outcome in finished]
+    def _outcomes(self, pending: Sequence[Item]) -> Iterator[tuple[Item, _Outcome]]:
+        """What became of each item, as they come: a large one keeps nobody waiting."""
+        waiting = iter(pending)
+        running: dict[Future[_Outcome], Item] = {}
+        with ThreadPoolExecutor(_WORKERS, "adapter-intake", initializer=lower_priority) as pool:
+            while True:
+                while len(running) < 2 * _WORKERS and not self._stopped.is_set():
+                    item = next(waiting, None)
+                    if item is None:
+                        break
+                    running[pool.submit(self._admit, item)] = item
+                if not running:
+                    return
+                for future in wait(running, return_when=FIRST_COMPLETED).done:
+                    yield running.pop(future), future.result()
+
+    def _admit(self, item: Item) -> _Outcome:
+        """What became of it; what the quick look refused is not read again."""
+        if item.inspection is not None and not item.inspection.admitted:
+            return item.inspection
+        try:
+            with fetched(item.source, self.catalog.incoming) as folder:
+                return admit(folder, self.catalog.store, self.rules, item.source.name, item.inspection)
+        except VllmLoraError as error:
+            return error
+        except Exception as error:  # a flaw of ours, or of a library that fetches: the others go on
+            logger.exception("Adapter %s could not be judged", printable(item.source.name))
+            return _unread(item.source, [_internal_error(item.source.name, error)])
+
+    def _publish_all(self, finished: Sequence[tuple[Item, _Outcome]], done: _Done | None) -> bool:
+        """Whether all of it is on the disk; if not, it is tried again with the next."""
+        try:
+            with self.catalog.together():
+                inspections = [self._publish(item, outcome) for item, outcome in finished]
+        except StoreFailed as error:
+            logger.error("%s", error)
+            return False
         for (item, outcome), inspection in zip(finished, inspections, strict=True):
             if isinstance(outcome, Admitted):
                 outcome.version.release()
             if done is not None:
                 done(item, inspection)
-
-    def _admit(self, item: Item) -> _Outcome | None:
-        """What became of it, None once we were stopped; what the quick look refused is not read again."""
-        if self._stopped.is_set():
-            return None
-        if item.inspection is not None and not item.inspection.admitted:
-            return item.inspection
-        try:
-            with fetched(item.source, self.catalog.state_dir / "incoming") as folder:
-                return admit(folder, self.catalog.store, self.rules, item.source.name, item.inspection)
-        except VllmLoraError as error:
-            return error
+        return True
 
     def _publish(self, item: Item, outcome: _Outcome) -> Inspection:
         if isinstance(outcome, Admitted):
             try:
                 self._take(item, outcome)
                 return outcome.inspection
-            except AdapterExists as error:
+            except StoreFailed:
+                raise
+            except VllmLoraError as error:
                 outcome = error
         findings = findings_of(item.source.name, outcome)
-        if not isinstance(outcome, StoreFailed):
-            self._note(item, self._record(item, None, findings))
-        logger.warning("Adapter %s is refused: %s", item.source.name, "; ".join(map(str, findings)))
+        told = "; ".join(map(str, findings))
+        logger.warning("Adapter %s is refused: %s", printable(item.source.name), told)
+        if item.inspection is not None and not {finding.code for finding in findings} & _PASSING:
+            self._note(item, self._record(item, item.inspection, None, findings))
         return dataclasses.replace(item.inspection or _unread(item.source), findings=findings)
 
     def _take(self, item: Item, admitted: Admitted) -> None:
         """Publish what was admitted, unless the folder holds what was taken from it before."""
         key, old = item.source.key, self.catalog.folders().get(item.source.key)
-        record = self._record(item, admitted.source_digest, ())
+        record = self._record(item, admitted.inspection, admitted.source_digest, ())
         if old is not None and old.source_digest == admitted.source_digest:
             self._note(item, record)
             return
@@ -165,12 +209,17 @@ class Inbox:
         if self.catalog.folders().get(item.source.key) != record:
             self.catalog.note_folders({item.source.key: record})
 
-    def _record(self, item: Item, source_digest: str | None, findings: tuple[Finding, ...]) -> FolderRecord:
-        """A refused folder keeps the digest of what was last taken from it, which is still served."""
-        folder, old = item.source.folder, self.catalog.folders().get(item.source.key)
+    def _record(
+        self, item: Item, looked_at: Inspection, source_digest: str | None, findings: tuple[Finding, ...]
+    ) -> FolderRecord:
+        """What was judged, by the signature that it had then: what is written since is news.
+
+        A refused folder keeps the digest of what was last taken from it, which is still served.
+        """
+        old = self.catalog.folders().get(item.source.key)
         kept = old.source_digest if old and source_digest is None else source_digest
-        signature = () if folder is None else source_signature(folder)
-        return FolderRecord(kept, signature, item.source.name, findings, self._rules_mark)
+        signature = () if item.source.is_remote else looked_at.signature
+        return FolderRecord(kept, signature, printable(item.source.name), findings, self._rules_mark)
 
 
 def version_of(admitted: Admitted, catalog: Catalog, rules: Rules, source: AdapterSource) -> Version:
@@ -186,9 +235,9 @@ def version_of(admitted: Admitted, catalog: Catalog, rules: Rules, source: Adapt
         state=inspection.state,
         base=rules.base.fingerprint if rules.base else "",
         published_at=now(),
-        source=source.path if source.is_remote else str(Path(source.path).name),
+        source=source.path if source.is_remote else Path(source.path).name,
         findings=inspection.findings,
-        signature=_frozen(catalog.store.signature(digest)),
+        signature=tuple(tuple(part) for part in catalog.store.signature(digest)),
         options={name: value for name, value in source.options.items() if value},
     )
 
@@ -198,16 +247,13 @@ def findings_of(name: str, outcome: Inspection | VllmLoraError) -> tuple[Finding
     if isinstance(outcome, Inspection | AdapterRefused):
         return tuple(outcome.findings)
     code = "source_unreachable" if isinstance(outcome, BadInput) else "store_failed"
-    return (Finding(code, outcome.item or name, outcome.rule, outcome.fix),)
+    return (Finding(code, printable(outcome.item or name), outcome.rule, outcome.fix),)
 
 
-def _unread(source: AdapterSource) -> Inspection:
-    return Inspection(source.name, Path(source.path), None, ChatSettings(), ())
+def _internal_error(name: str, error: Exception) -> Finding:
+    rule = f"could not be judged ({type(error).__name__})"
+    return Finding("internal_error", printable(name), rule, "Please report it with the adapter's files.")
 
 
-def _twin(source: AdapterSource, inspection: Inspection | None) -> Inspection:
-    return (inspection or _unread(source)).with_findings([taken(source.name)])
-
-
-def _frozen(signature: Sequence[Sequence[int]]) -> tuple[tuple[int, ...], ...]:
-    return tuple(tuple(part) for part in signature)
+def _unread(source: AdapterSource, findings: Sequence[Finding] = ()) -> Inspection:
+    return Inspection(source.name, Path(source.path), None, ChatSettings(), tuple(findings))

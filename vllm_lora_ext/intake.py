@@ -24,6 +24,7 @@ from vllm_lora_ext.inspection import (
     Inspection,
     Rules,
     inspect_adapter,
+    judge_chat,
     judge_digests,
     kept_places,
     require_admitted,
@@ -68,12 +69,16 @@ def admit(
     inspection = looked_at
     if inspection is None or inspection.path != path or inspection.signature != source_signature(path):
         inspection = inspect_adapter(path, rules, name)
+    if looked_at is inspection:  # whose template was left for now
+        inspection = inspection.with_findings(judge_chat(inspection.chat, rules))
     spec = require_admitted(inspection)
     try:
         stated = stated_digests(path, rules.follow_links)
         provenance = read_provenance(path, rules.follow_links)
-    except BadInput as error:  # it was fine a moment ago
-        raise AdapterRefused(inspection.name, [_changed(error.item)]) from error
+    except BadInput as error:
+        if "chat_settings_invalid" not in rules.allow:  # it was fine a moment ago
+            raise AdapterRefused(inspection.name, [_changed(error.item)]) from error
+        stated, provenance = {}, {}
     with store.stage() as staging:
         copied = _copy_weights(inspection, staging, rules)
         findings = judge_values(spec, copied.peaks)

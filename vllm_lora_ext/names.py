@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import re
 import unicodedata
 from collections.abc import Collection
 
 from vllm_lora_ext.spec import Finding
 
 MAX_LENGTH = 64
-# Words that vLLM gives a meaning of its own (content types, its warm-up adapter).
-_RESERVED = frozenset({"text", "image", "audio", "video", "input", "warmup_1"})
+# Words that vLLM gives a meaning of its own (content types, its adapters for warming up).
+_RESERVED = re.compile(r"text|image|audio|video|input|warmup_\d+")
 _KINDS = {"L", "M", "N"}  # letters, their marks, digits
 # Letters and marks that nobody sees, so that two names would look alike.
 _INVISIBLE = {0x034F, 0x115F, 0x1160, 0x17B4, 0x17B5, 0x3164, 0xFFA0, *range(0x180B, 0x1810)} | {
@@ -36,9 +37,9 @@ def judge_name(name: str, base_names: Collection[str] = ()) -> list[Finding]:
     if problem := _problem(name):
         return [Finding("adapter_name_invalid", ascii_shown(name), problem, _FIX)]
     key = name_key(name)
-    if key in _RESERVED or key in map(name_key, base_names):
-        taken = key not in _RESERVED
-        rule = "is the base model's name" if taken else "is a word with a meaning of its own"
+    is_word = _RESERVED.fullmatch(key)
+    if is_word or key in map(name_key, base_names):
+        rule = "is a word with a meaning of its own" if is_word else "is the base model's name"
         return [Finding("adapter_name_reserved", name, rule, _FIX)]
     return []
 
@@ -50,9 +51,13 @@ def taken(name: str) -> Finding:
 
 
 def _problem(name: str) -> str | None:
-    if not 1 <= len(name) <= MAX_LENGTH or not all(map(_is_part, name.split("/"))):
+    if not 1 <= len(name) <= MAX_LENGTH:
         return _RULE
+    if invisible := next((sign for sign in name if _is_invisible(sign)), None):
+        return f"must not hold characters that nobody sees, such as U+{ord(invisible):04X}"
     if not all(map(_is_allowed, name)):
+        return _RULE
+    if not all(map(_is_part, name.split("/"))):
         return _RULE
     if ".." in name:
         return "must not hold '..'"
@@ -68,7 +73,12 @@ def _is_part(part: str) -> bool:
 def _is_allowed(sign: str) -> bool:
     if sign in "._-/":
         return True
-    return unicodedata.category(sign)[0] in _KINDS and ord(sign) not in _INVISIBLE
+    return unicodedata.category(sign)[0] in _KINDS
+
+
+def _is_invisible(sign: str) -> bool:
+    """So are joiners (U+200C, U+200D): some scripts write with them, and two names would look alike."""
+    return unicodedata.category(sign) == "Cf" or ord(sign) in _INVISIBLE
 
 
 def ascii_shown(name: str) -> str:

@@ -1,15 +1,15 @@
 """What may stand in `adapter_config.json`: types, values, and which modules it speaks of.
 
 PEFT and vLLM read `rank_pattern`, `alpha_pattern` and a `target_modules` that is one string as regular
-expressions. A tenant's expression can run for ever, so patterns have to be names, and a
-`target_modules` expression is tried with a deadline and never handed on.
+expressions. A tenant's expression can run for ever, so patterns have to be names; see targeting.py for
+`target_modules`.
 """
 
 from __future__ import annotations
 
+import itertools
 import re
-import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 from vllm_lora_ext.spec import Finding, Severity
@@ -17,10 +17,11 @@ from vllm_lora_ext.spec import Finding, Severity
 MAX_RANK = 1 << 16
 MAX_ALPHA = 1e6  # people use 1 to a few thousand
 SAVE_AGAIN = "Save it with PEFT again."
-_EXPRESSION_BUDGET_S, _MAX_EXPRESSION = 0.03, 4096
-_MAX_PATTERN_WORK = 300_000  # comparisons, about a fifth of a second
+# More settings, names in a pattern or lists of layers than any trainer writes, and few enough to go through.
+_MAX_SETTINGS, _MAX_ALTERNATIVES, _MAX_LAYER_LISTS = 500, 50_000, 8
+_SAID = 100  # findings about one pattern
 _LITERAL_KEY = re.compile(r"\^?[\w.-]+(\|\^?[\w.-]+)*")
-_LITERAL_NAME = re.compile(r"[\w.-]+")
+_LITERAL_NAME = re.compile(r"[\w.-]{1,120}")
 
 # Config keys that vLLM cannot serve when they are switched on, with the fix.
 _PLAIN_LORA, _NO_NEW_TOKENS = (
@@ -117,6 +118,9 @@ def _judge_alpha(item: str, alpha: Any) -> list[Finding]:
 
 
 def _judge_types(config: Mapping[str, Any]) -> list[Finding]:
+    if len(config) > _MAX_SETTINGS:
+        rule = f"holds {len(config)} settings, at most {_MAX_SETTINGS} are read"
+        return [Finding("config_invalid", "adapter_config.json", rule, SAVE_AGAIN)]
     findings = []
     for key, value in config.items():
         if key in _JUDGED_ELSEWHERE:
@@ -170,40 +174,43 @@ def judge_patterns(config: Mapping[str, Any]) -> list[Finding]:
             rule = f"must be an object, is {shown(pattern)}"
             findings.append(Finding("pattern_unsupported", name, rule, SAVE_AGAIN))
             continue
-        for key, value in pattern.items():
-            if not _LITERAL_KEY.fullmatch(key):
-                rule = f"key {shown(key)} is more than module names"
-                fix = "Write the names of the modules, as PEFT's own examples do."
-                findings.append(Finding("pattern_unsupported", name, rule, fix))
-            elif name == "alpha_pattern":
-                findings += _judge_alpha(f"alpha_pattern {key[:80]}", value)
-            elif not is_rank(value):
-                rule = f"{key[:80]} must be a whole number of at least 1, is {shown(value)}"
-                findings.append(Finding("rank_invalid", name, rule, SAVE_AGAIN))
+        findings += itertools.islice(_judge_pattern(name, pattern), _SAID)
     return findings
 
 
-def resolve_pattern(pattern: Mapping[str, Any], modules: Sequence[str]) -> dict[str, Any]:
-    """A checked pattern as module -> value; the first key that matches wins (PEFT's `get_pattern_key`).
-
-    Raises:
-        ValueError: so many keys and modules that this would take seconds.
-    """
-    if len(pattern) * len(modules) > _MAX_PATTERN_WORK:
-        raise ValueError(
-            f"has {len(pattern)} keys for {len(modules)} modules, which is too much to go through"
-        )
-    found: dict[str, Any] = {}
+def _judge_pattern(name: str, pattern: Mapping[str, Any]) -> Iterator[Finding]:
+    names = sum(key.count("|") + 1 for key in pattern)
+    if names > _MAX_ALTERNATIVES:
+        rule = f"holds {names} names, at most {_MAX_ALTERNATIVES} are gone through"
+        yield Finding("pattern_unsupported", name, rule, "Name modules by the end of their names.")
+        return
     for key, value in pattern.items():
-        expression = re.compile(rf"(.*\.)?({key})$")
-        for module in modules:
-            if module not in found and expression.match(pattern_name(module)):
-                found[module] = value
-    return found
+        if not _LITERAL_KEY.fullmatch(key):
+            rule = f"key {shown(key)} is more than module names"
+            fix = "Write the names of the modules, as PEFT's own examples do."
+            yield Finding("pattern_unsupported", name, rule, fix)
+        elif name == "alpha_pattern":
+            yield from _judge_alpha(f"alpha_pattern {key[:80]}", value)
+        elif not is_rank(value):
+            rule = f"{key[:80]} must be a whole number of at least 1, is {shown(value)}"
+            yield Finding("rank_invalid", name, rule, SAVE_AGAIN)
+
+
+def resolve_pattern(pattern: Mapping[str, Any], modules: Iterable[str]) -> dict[str, Any]:
+    """A checked pattern as module -> value; the first key that matches wins (PEFT's `get_pattern_key`)."""
+    if not pattern:
+        return {}
+    literal = LiteralPattern(pattern)
+    values = ((module, literal.value_of(pattern_name(module))) for module in modules)
+    return {module: value for module, value in values if value is not None}
 
 
 class LiteralPattern:
-    """A checked pattern without expressions: the first key that names the end of a module's name wins."""
+    """A checked pattern without expressions: the first key that names the end of a module's name wins.
+
+    PEFT reads keys as expressions, where a '.' is any character; of names as modules have them, both
+    readings are one.
+    """
 
     def __init__(self, pattern: Mapping[str, Any]) -> None:
         self._keys: dict[str, tuple[int, Any]] = {}
@@ -213,9 +220,14 @@ class LiteralPattern:
 
     def value_of(self, module: str) -> Any:
         """The value for a module, None if no key names it."""
-        names = [f"^{module}", *dotted_suffixes(module)]
-        found = [self._keys[name] for name in names if name in self._keys]
-        return min(found, key=lambda item: item[0])[1] if found else None
+        found = [item for name in dotted_suffixes(module) if (item := self._keys.get(name))]
+        if whole := self._keys.get(f"^{module}"):
+            found.append(whole)
+        return min(found, key=_order)[1] if found else None
+
+
+def _order(item: tuple[int, Any]) -> int:
+    return item[0]
 
 
 def pattern_name(module: str) -> str:
@@ -230,7 +242,7 @@ def _judge_targets(config: Mapping[str, Any]) -> list[Finding]:
     pattern = config.get("layers_pattern")
     findings = []
     named = (isinstance(targets, str) and targets) or (_is_names(targets) and targets)
-    if not named and not (targets is None and config.get("target_parameters")):
+    if not named and not (targets in (None, []) and config.get("target_parameters")):
         rule = f"must name the modules, is {shown(targets)}"
         findings.append(Finding("target_modules_invalid", "target_modules", rule, SAVE_AGAIN))
     if isinstance(targets, str) and (layers is not None or pattern is not None):
@@ -242,81 +254,19 @@ def _judge_targets(config: Mapping[str, Any]) -> list[Finding]:
     names: list[str] = pattern if isinstance(pattern, list) and _is_names(pattern) else []
     if isinstance(pattern, str) and pattern:
         names = [pattern]
-    if not all(map(_LITERAL_NAME.fullmatch, names)):
-        rule = f"{shown(pattern)} is more than names"
+    if len(names) > _MAX_LAYER_LISTS or not all(map(_LITERAL_NAME.fullmatch, names)):
+        rule = f"{shown(pattern)} is more than up to {_MAX_LAYER_LISTS} names"
         fix = "Write the name of the list of layers, for example 'layers'."
         findings.append(Finding("pattern_unsupported", "layers_pattern", rule, fix))
     return findings
 
 
-def untargeted(config: Mapping[str, Any], modules: Sequence[str]) -> list[str]:
-    """The modules that PEFT would not load, because the config does not target them.
-
-    The rule is PEFT's own (peft/tuners/tuners_utils.py, `check_target_module_exists`). An
-    expression that takes too long targets everything: nobody here runs it again.
-    """
-    targets, excluded = config.get("target_modules"), config.get("exclude_modules")
-    heads = config.get("modules_to_save") or ()
-    parameters = tuple(config.get("target_parameters") or ())
-    names = [module for module in modules if not (parameters and ".experts" in module)]
-    hit = _selected(targets, names)
-    missed = _selected(excluded, names) if excluded else set()
-    return [
-        name
-        for name in names
-        if name not in hit
-        or name in missed
-        or any(head in name.split(".") for head in heads)
-        or (isinstance(targets, list) and name not in targets and not _is_layer_targeted(config, name))
-    ]
-
-
-def _selected(targets: Any, modules: Iterable[str]) -> set[str]:
-    """The modules that a list of names or an expression selects; all of them if it cannot be told in time."""
-    if isinstance(targets, list):
-        wanted = set(targets)
-        return {m for m in modules if any(suffix in wanted for suffix in dotted_suffixes(m))}
-    if not isinstance(targets, str):
-        return set()
-    if targets.lower() == "all-linear":
-        return set(modules)
-    if len(targets) > _MAX_EXPRESSION:
-        return set(modules)
-    import regex  # unlike re, it can be given a deadline
-
-    selected, deadline = set(), time.monotonic() + _EXPRESSION_BUDGET_S
-    try:
-        expression = regex.compile(targets)
-        for module in modules:
-            if expression.fullmatch(module, timeout=max(0.001, deadline - time.monotonic())):
-                selected.add(module)
-    except TimeoutError:
-        return set(modules)
-    except (regex.error, RecursionError, OverflowError):
-        return set()
-    return selected
-
-
-def _is_layer_targeted(config: Mapping[str, Any], module: str) -> bool:
-    layers, pattern = config.get("layers_to_transform"), config.get("layers_pattern")
-    if layers is None or layers == []:
-        return True
-    patterns = [pattern] if isinstance(pattern, str) else pattern
-    if patterns:
-        found = [re.match(rf"(?:^|.*?\.){re.escape(name)}\.(\d+)\.", module) for name in patterns]
-        match = next((item for item in found if item), None)
-    else:
-        match = re.match(r".*?\.[^.]*\.(\d+)\.", module)
-    if match is None:
-        return False
-    return int(match[1]) in (layers if isinstance(layers, list) else [layers])
-
-
-def dotted_suffixes(module: str) -> Iterable[str]:
+def dotted_suffixes(module: str) -> list[str]:
     """`a.b.c`, `b.c`, `c`: what a name in a config may call a module by."""
-    while module:
-        yield module
-        module = module.partition(".")[2]
+    suffixes = [module]
+    while (dot := module.find(".") + 1) and (module := module[dot:]):
+        suffixes.append(module)
+    return suffixes
 
 
 def is_rank(value: object) -> bool:

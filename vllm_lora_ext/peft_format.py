@@ -11,16 +11,20 @@ import itertools
 import os
 import re
 import unicodedata
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
-from vllm_lora_ext.files import LinkRefused, NotRegularFile, RegularFile, TooLarge, read_whole
-from vllm_lora_ext.peft_config import SAVE_AGAIN, judge_config, pattern_name, resolve_pattern, untargeted
-from vllm_lora_ext.spec import AdapterSpec, Finding, TensorSpec, folder_name
-from vllm_lora_ext.strict_json import JsonRefused, parse_object
-from vllm_lora_ext.tensor_file import HeaderRefused, TensorPlace, read_header
+from vllm_lora_ext.files import RegularFile, TooLarge, read_whole
+from vllm_lora_ext.findings import file_finding as file_finding
+from vllm_lora_ext.findings import fold as fold
+from vllm_lora_ext.peft_config import SAVE_AGAIN, judge_config, pattern_name, resolve_pattern
+from vllm_lora_ext.spec import AdapterSpec, Finding, TensorSpec, folder_name, printable
+from vllm_lora_ext.strict_json import JsonRefused, parse_object, plain_number
+from vllm_lora_ext.targeting import untargeted
+from vllm_lora_ext.tensor_file import MAX_TENSORS, HeaderRefused, TensorPlace, read_header
 
 CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"
@@ -46,22 +50,35 @@ class AdapterReading:
 
 
 def is_adapter_folder(path: Path) -> bool:
-    """Whether a folder means to be an adapter: it has a config or weights of one."""
-    return any((path / name).exists() for name in (CONFIG_FILE, WEIGHTS_FILE, *_PICKLES))
+    """Whether a folder means to be an adapter: it has a config or weights of one, or nobody may look."""
+    return any(_may_exist(path / name) for name in (CONFIG_FILE, WEIGHTS_FILE, *_PICKLES))
+
+
+def _may_exist(path: Path, follow_links: bool = True) -> bool:
+    try:
+        path.stat(follow_symlinks=follow_links)
+    except (FileNotFoundError, NotADirectoryError, ValueError):
+        return False
+    except OSError:  # whoever reads it is told why it cannot be read
+        return True
+    return True
 
 
 def adapter_folders(directory: Path) -> dict[str, Path]:
     """Name -> folder of the adapters of a directory: itself if it is one, else its visible folders.
 
-    A folder that is no adapter and holds adapters gives names of two parts, `org/name`.
+    A folder that is no adapter and holds adapters gives names of two parts, `org/name`; one that cannot be
+    looked into counts as an adapter, which is then refused.
+
+    Raises:
+        OSError: `directory` itself cannot be listed, which is not the same as being empty.
     """
+    folders = _visible_folders(directory)
     if is_adapter_folder(directory):
         return {public_name(directory): directory}
     found = {}
-    for folder in _visible_folders(directory):
-        inner = (
-            [] if is_adapter_folder(folder) else [f for f in _visible_folders(folder) if is_adapter_folder(f)]
-        )
+    for folder in folders:
+        inner = [] if is_adapter_folder(folder) else _inner_adapters(folder)
         if inner:
             found.update({f"{public_name(folder)}/{public_name(adapter)}": adapter for adapter in inner})
         else:
@@ -70,16 +87,35 @@ def adapter_folders(directory: Path) -> dict[str, Path]:
 
 
 def public_name(folder: Path) -> str:
-    """The folder's name in Unicode's composed form: some file systems keep names in the other one."""
-    return unicodedata.normalize("NFC", folder_name(folder))
+    """The folder's name in Unicode's composed form: some file systems keep names in the other one.
+
+    What is no UTF-8 is written as `\\xff`, so that every name can be printed; none with it is taken.
+    """
+    name = folder_name(folder)
+    try:
+        name = os.fsencode(name).decode("utf-8", "backslashreplace")
+    except UnicodeEncodeError:  # half characters that come from no file system
+        name = name.encode("ascii", "backslashreplace").decode()
+    return unicodedata.normalize("NFC", name)
+
+
+def _inner_adapters(folder: Path) -> list[Path]:
+    try:
+        return [inner for inner in _visible_folders(folder) if is_adapter_folder(inner)]
+    except OSError:
+        return []
 
 
 def _visible_folders(directory: Path) -> list[Path]:
+    entries = sorted(directory.iterdir())
+    return [entry for entry in entries if not entry.name.startswith(".") and _may_be_folder(entry)]
+
+
+def _may_be_folder(path: Path) -> bool:
     try:
-        entries = sorted(directory.iterdir())
-    except PermissionError:
-        return []
-    return [entry for entry in entries if not entry.name.startswith(".") and entry.is_dir()]
+        return path.is_dir()
+    except OSError:
+        return True
 
 
 def named_base_model(path: Path) -> str | None:
@@ -105,12 +141,13 @@ def read_adapter(path: Path, name: str | None = None, follow_links: bool = True)
         findings += judge_config(config)
     if config is None or places is None or any(finding.code in _UNREADABLE for finding in findings):
         return AdapterReading(None, tuple(fold(findings)))
-    try:
-        spec = _spec(name, path, config, places, size)
-    except ValueError as error:
-        findings.append(Finding("pattern_unsupported", "rank_pattern, alpha_pattern", str(error), SAVE_AGAIN))
+    modules = modules_of(place.spec for place in places)
+    if len(modules) > MAX_TENSORS // 2:  # more than there can be pairs
+        rule = f"names {len(modules)} modules, at most {MAX_TENSORS // 2} are taken"
+        findings.append(Finding("too_large", WEIGHTS_FILE, rule, "Train a smaller adapter."))
         return AdapterReading(None, tuple(fold(findings)))
-    findings += _judge_targeting(config, spec)
+    spec = _spec(name, path, config, places, size, modules)
+    findings += _judge_targeting(config, modules)
     return AdapterReading(spec, tuple(fold(findings)), places)
 
 
@@ -118,7 +155,6 @@ def read_adapter(path: Path, name: str | None = None, follow_links: bool = True)
 _UNREADABLE = (
     "rank_invalid",
     "alpha_invalid",
-    "alpha_no_effect",
     "pattern_unsupported",
     "config_invalid",
     "target_modules_invalid",
@@ -126,10 +162,14 @@ _UNREADABLE = (
 
 
 def _spec(
-    name: str, path: Path, config: Mapping[str, Any], places: tuple[TensorPlace, ...], size: int
+    name: str,
+    path: Path,
+    config: Mapping[str, Any],
+    places: tuple[TensorPlace, ...],
+    size: int,
+    modules: list[str],
 ) -> AdapterSpec:
-    tensors = tuple(sorted((place.spec for place in places), key=lambda tensor: tensor.name))
-    modules = modules_of(tensors)
+    tensors = tuple(sorted((place.spec for place in places), key=attrgetter("name")))
     base_model = config.get("base_model_name_or_path")
     return AdapterSpec(
         name=name,
@@ -147,14 +187,13 @@ def _spec(
     )
 
 
-def modules_of(tensors: tuple[TensorSpec, ...]) -> list[str]:
+def modules_of(tensors: Iterable[TensorSpec]) -> list[str]:
     """The modules that have an A or a B among `tensors`, by name."""
     matches = (TENSOR_NAME.fullmatch(tensor.name) for tensor in tensors)
     return sorted({match["module"] for match in matches if match})
 
 
-def _judge_targeting(config: Mapping[str, Any], spec: AdapterSpec) -> list[Finding]:
-    modules = modules_of(spec.tensors)
+def _judge_targeting(config: Mapping[str, Any], modules: list[str]) -> list[Finding]:
     missed = untargeted(config, modules)
     if not missed:
         return []
@@ -166,45 +205,24 @@ def _judge_targeting(config: Mapping[str, Any], spec: AdapterSpec) -> list[Findi
 
 
 def _judge_folder(path: Path, follow_links: bool) -> list[Finding]:
+    name = printable(public_name(path) or str(path))[:80]
     try:
         if not follow_links and path.is_symlink():
-            return [Finding("link_refused", path.name, "is a link", "Upload the files themselves.")]
+            return [Finding("link_refused", name, "is a link", "Upload the files themselves.")]
         if not path.is_dir():
-            return [Finding("adapter_missing", path.name or str(path), "no such folder", "Check the path.")]
+            return [Finding("adapter_missing", name, "no such folder", "Check the path.")]
         with os.scandir(path) as entries:
             count = sum(1 for _ in itertools.islice(entries, _MAX_ENTRIES + 1))
-    except OSError as error:
-        return [file_finding(error, path.name)]
+    except (OSError, ValueError) as error:
+        return [file_finding(error, name)]
     if count > _MAX_ENTRIES:
         rule = f"holds more than {_MAX_ENTRIES} files"
-        return [Finding("too_many_files", path.name, rule, "Give the adapter a folder of its own.")]
+        return [Finding("too_many_files", name, rule, "Give the adapter a folder of its own.")]
     return []
 
 
-def file_finding(error: Exception, item: str) -> Finding:
-    """The finding for a file that could not be read."""
-    if isinstance(error, LinkRefused):
-        return Finding(
-            "link_refused", item, "is a link, and links may lead out of the folder", "Upload the file."
-        )
-    if isinstance(error, NotRegularFile):
-        return Finding("not_regular_file", item, "is no regular file", "Copy the file again.")
-    if isinstance(error, TooLarge):
-        return Finding("too_large", item, str(error).partition(" ")[2], "Remove what does not belong in it.")
-    if isinstance(error, PermissionError):
-        return Finding(
-            "permission_denied", item, "may not be read by this process", f"Run chmod a+r on {item}."
-        )
-    if isinstance(error, FileNotFoundError | NotADirectoryError):
-        return Finding("adapter_missing", item, "went away while it was read", "Publish it again.")
-    if isinstance(error, OSError):
-        rule = f"cannot be read ({error.strerror})"
-        return Finding("read_failed", item, rule, "Check the disk, and publish it again.")
-    return Finding("changed_while_reading", item, "changed while it was read", "Publish it again.")
-
-
 def _read_config(path: Path, follow_links: bool) -> tuple[Mapping[str, Any] | None, list[Finding]]:
-    if not os.path.lexists(path):
+    if not _may_exist(path, follow_links=False):
         rule = "is not there, so this is not a PEFT adapter"
         return None, [Finding("config_missing", CONFIG_FILE, rule, SAVE_AGAIN)]
     try:
@@ -222,7 +240,7 @@ def _read_weights(
     path: Path, follow_links: bool
 ) -> tuple[tuple[TensorPlace, ...] | None, int, list[Finding]]:
     weights = path / WEIGHTS_FILE
-    if not os.path.lexists(weights):
+    if not _may_exist(weights, follow_links=False):
         return None, 0, [_missing_weights(path)]
     try:
         with RegularFile(weights, follow_links) as file:
@@ -252,30 +270,18 @@ def _missing_weights(path: Path) -> Finding:
     return Finding("weights_missing", WEIGHTS_FILE, "is not there", fix)
 
 
-def fold(findings: list[Finding]) -> list[Finding]:
-    """One finding per code, fix and severity when many items break the same rule, with the count."""
-    groups: dict[tuple[str, str, str], list[Finding]] = {}
-    for finding in findings:
-        groups.setdefault((finding.code, finding.fix, finding.severity), []).append(finding)
-    folded = []
-    for (code, fix, _), group in groups.items():
-        first = group[0]
-        more = f" (and {len(group) - 1} more)" if len(group) > 1 else ""
-        folded.append(Finding(code, first.item, first.rule + more, fix, first.severity))
-    return folded
-
-
 def canonical_config(spec: AdapterSpec) -> dict[str, Any]:
     """The config of an adapter as we keep it: what decides what it computes, in one form only.
 
-    Modules stand under their full names, so no pattern is left to interpret. Loads in PEFT and vLLM.
+    A whole number is written as one, whatever way it came. Modules stand under their full names, so no
+    pattern is left to interpret. Loads in PEFT and vLLM.
     """
     modules = modules_of(spec.tensors)
     targets = [module for module in modules if not (spec.target_parameters and ".experts" in module)]
     config: dict[str, Any] = {
         "peft_type": "LORA",
         "r": spec.rank,
-        "lora_alpha": spec.alpha,
+        "lora_alpha": plain_number(spec.alpha),
         "bias": "none",
         "target_modules": targets or None,
         "use_rslora": spec.use_rslora,
@@ -303,5 +309,6 @@ def _differing(values: Mapping[str, Any], usual: Any, modules: list[str]) -> dic
     for module, value in sorted(values.items()):
         last = pattern_name(module).rpartition(".")[2]
         if value != usual:
-            pattern[last if len(by_last_name[last]) == 1 else f"^{pattern_name(module)}"] = value
+            short = len(by_last_name[last]) == 1
+            pattern[last if short else f"^{pattern_name(module)}"] = plain_number(value)
     return pattern

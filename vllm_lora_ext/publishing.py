@@ -23,7 +23,7 @@ def publish(
         AdapterExists: the name has other content, and `replace` is off.
         StoreFailed: the disk is full.
     """
-    with fetched(source, catalog.state_dir / "incoming") as folder:
+    with fetched(source, catalog.incoming) as folder:
         admitted = admit(folder, catalog.store, rules, source.name)
     try:
         version = version_of(admitted, catalog, rules, source)

@@ -67,10 +67,10 @@ class Entry:
         return next(version for version in self.versions if version.digest == self.live)
 
     def previous(self) -> str | None:
-        """The digest that was live before the live one and is still there."""
-        there = {version.digest for version in self.versions} - {self.live}
-        lived = [event.digest for event in reversed(self.history) if event.digest in there]
-        return lived[0] if lived else None
+        """The digest that was published before the live one and is still there."""
+        digests = [version.digest for version in self.versions]
+        place = digests.index(self.live)
+        return digests[place - 1] if place else None
 
     @classmethod
     def new(cls, name: str, version: Version, event: Event, folder: str | None) -> Entry:

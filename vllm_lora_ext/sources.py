@@ -6,19 +6,21 @@ knows go through fsspec. Only the files that make an adapter are fetched.
 
 from __future__ import annotations
 
+import os
 import shutil
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
-from vllm_lora_ext.errors import BadSetting, MissingPackage
+from vllm_lora_ext.errors import BadSetting, MissingPackage, StoreFailed
 from vllm_lora_ext.inspection import SOURCE_FILES
-from vllm_lora_ext.peft_format import CONFIG_FILE, MAX_WEIGHTS_BYTES, adapter_folders, public_name
+from vllm_lora_ext.peft_format import CONFIG_FILE, MAX_WEIGHTS_BYTES, adapter_folders
 
 _HUB = "hf://"
+_SCHEMES = ("hf", "s3", "gs", "memory")  # what may be fetched; `memory` is fsspec's, for tests
 
 
 @dataclass(frozen=True)
@@ -46,7 +48,11 @@ class AdapterSource:
     @property
     def key(self) -> str:
         """What the catalog remembers it by: the place, whatever way leads there, and the name."""
-        return f"{self.name}={self.path if self.folder is None else self.folder.absolute()}"
+        if self.folder is None:
+            return f"{self.name}={self.path}"
+        # A link in the folder may change where it leads; the folder it lies in is always the same.
+        key = f"{self.name}={os.path.realpath(self.folder.parent)}/{self.folder.name}"
+        return os.fsencode(key).decode("utf-8", "backslashreplace")
 
 
 def find_sources(values: Sequence[str]) -> list[AdapterSource]:
@@ -57,17 +63,41 @@ def find_sources(values: Sequence[str]) -> list[AdapterSource]:
     """
     sources = []
     for value in values:
-        whole = expanded(value)
-        name, separator, path = value.partition("=")
-        if "://" in value.partition("=")[0]:
-            sources.append(AdapterSource(value.rstrip("/").rpartition("/")[2].partition("@")[0], value))
-        elif separator and not whole.exists():
-            place = path if "://" in path else str(_existing(expanded(path)))
-            sources.append(AdapterSource(name, place))
+        name, place = name_and_place(value)
+        if "://" in place:
+            last = place.partition("@")[0].rstrip("/").rpartition("/")[2]
+            sources.append(AdapterSource(name or last, place))
+        elif name is not None:
+            sources.append(AdapterSource(name, str(_existing(Path(place)))))
         else:
-            folders = adapter_folders(_existing(whole))
+            folders = _listed(_existing(Path(place)))
             sources += [AdapterSource(name, str(folder)) for name, folder in folders.items()]
     return sources
+
+
+def name_and_place(value: str) -> tuple[str | None, str]:
+    """A value of `--adapters` as the name it states, if any, and the folder or URL."""
+    name, separator, path = value.partition("=")
+    if "://" in name:
+        return None, value
+    if not separator or _exists(expanded(value)):
+        return None, str(expanded(value))
+    return name, path if "://" in path else str(expanded(path))
+
+
+def _exists(path: Path) -> bool:
+    try:
+        return path.exists()
+    except (OSError, ValueError):
+        return False
+
+
+def _listed(folder: Path) -> dict[str, Path]:
+    try:
+        return adapter_folders(folder)
+    except OSError as error:  # which must not look like an empty folder: its names would retire
+        rule = f"cannot be looked into ({error.strerror})"
+        raise BadSetting(str(folder), rule, "Check its permissions and the disk.") from error
 
 
 def stated_module(name: str, path: str, options: Mapping[str, Any]) -> AdapterSource:
@@ -106,14 +136,20 @@ def fetched(source: AdapterSource, scratch: Path) -> Iterator[Path]:
     if source.folder is not None:
         yield source.folder
         return
-    scratch.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=".fetch-", dir=scratch) as temporary:
-        target = Path(temporary) / public_name(Path(source.name))
-        target.mkdir()
-        if source.path.startswith(_HUB):
-            yield _from_hub(source.path, target)
-        else:
-            yield _by_fsspec(source.path, target)
+    scheme = source.path.partition("://")[0]
+    if scheme not in _SCHEMES:
+        raise BadSetting(
+            source.path, f"is no place to fetch from ({scheme})", "Give a folder, hf://, s3:// or gs://."
+        )
+    try:
+        scratch.mkdir(parents=True, exist_ok=True)
+        target = Path(tempfile.mkdtemp(dir=scratch))
+    except OSError as error:
+        raise StoreFailed(str(scratch), error) from error
+    try:
+        yield _from_hub(source.path, target) if scheme == "hf" else _by_fsspec(source.path, target)
+    finally:
+        shutil.rmtree(target, ignore_errors=True)
 
 
 def _from_hub(url: str, target: Path) -> Path:
@@ -149,11 +185,20 @@ def _by_fsspec(url: str, target: Path) -> Path:
             raise BadSetting(url, f"holds no {CONFIG_FILE}", "Check the URL.")
         for name in SOURCE_FILES:
             if system.exists(f"{root}/{name}"):
-                if (size := system.size(f"{root}/{name}") or 0) > MAX_WEIGHTS_BYTES:
-                    raise BadSetting(f"{url}/{name}", f"has {size} bytes, too many", "Check the URL.")
                 with system.open(f"{root}/{name}", "rb") as remote, (target / name).open("xb") as local:
-                    shutil.copyfileobj(remote, local, 1 << 20)
-    except OSError as error:
-        rule = f"cannot be fetched ({error.strerror or type(error).__name__})"
+                    _copy(remote, local, f"{url}/{name}")
+    except BadSetting:
+        raise
+    except Exception as error:  # each library that fetches has errors of its own, for credentials above all
+        rule = f"cannot be fetched ({type(error).__name__})"
         raise BadSetting(url, rule, "Check the URL, the network and your credentials.") from error
     return target
+
+
+def _copy(remote: BinaryIO, local: BinaryIO, url: str) -> None:
+    left = MAX_WEIGHTS_BYTES
+    while piece := remote.read(1 << 20):
+        left -= len(piece)
+        if left < 0:
+            raise BadSetting(url, f"has more than {MAX_WEIGHTS_BYTES} bytes", "Check the URL.")
+        local.write(piece)

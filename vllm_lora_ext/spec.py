@@ -93,7 +93,12 @@ def last_part(base_model: str) -> str:
     """A base model's name as it may be shown: a hub id whole, of a path its last part only."""
     is_path = base_model.startswith(("/", ".", "~")) or "\\" in base_model or base_model.count("/") > 1
     name = re.split(r"[/\\]", base_model.rstrip("/\\"))[-1] if is_path else base_model
-    return name[:80] if name.isprintable() else repr(name)[:80]
+    return printable(name)[:80]
+
+
+def printable(text: str) -> str:
+    """Somebody else's text as it may stand on a terminal, in a log and in JSON: printable, whole."""
+    return text if text.isprintable() else repr(text)
 
 
 def folder_name(path: Path) -> str:

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import os
 import re
 import shutil
 import uuid
@@ -125,7 +126,7 @@ class AdapterStore:
         return replace(self.open(digest), hold=hold)
 
     def has(self, digest: str) -> bool:
-        """Whether a version is there, with all its files at their full length. Reads no weights."""
+        """Whether a version is there with all its files. Reads no weights; `verify` does."""
         try:
             version = self.open(digest)
             return all((version.folder / name).is_file() for name in version.files)
@@ -193,18 +194,30 @@ class AdapterStore:
         collected = []
         failpoint("collect.begun")
         for digest in sorted(self.digests() - set(needed)):
-            if self._is_leased(digest):
-                continue
-            self._discard(digest)
-            collected.append(digest)
+            with self._unleased(digest) as is_free:
+                if is_free:
+                    self._discard(digest)
+                    collected.append(digest)
         return collected
+
+    @contextmanager
+    def _unleased(self, digest: str) -> Iterator[bool]:
+        """Whether nobody leases a version, and nobody can until the end of the block."""
+        try:
+            file = (self.root / digest / VERSION_FILE).open("rb")
+        except OSError:
+            yield True  # damaged: nobody can have leased it
+            return
+        with file:
+            yield lock_file(file.fileno())
 
     def _discard(self, digest: str) -> None:
         """Take a version's name away first, so that nobody finds half of it."""
-        if not (self.root / digest).exists():
-            return
         trash = self.root / f".{digest}.{uuid.uuid4().hex[:8]}.trash"
-        (self.root / digest).rename(trash)
+        try:
+            (self.root / digest).rename(trash)
+        except OSError:  # it is not there, or stays until the next time
+            return
         failpoint("collect.moved")
         _remove(trash)
         failpoint("collect.removed")
@@ -228,19 +241,23 @@ class AdapterStore:
             return None
         return hold
 
-    def _is_leased(self, digest: str) -> bool:
-        try:
-            with (self.root / digest / VERSION_FILE).open("rb") as file:
-                return not lock_file(file.fileno())
-        except OSError:
-            return False  # damaged: nobody can have opened it
-
 
 def _held(folder: Path) -> BinaryIO:
-    """A version's `version.json`, open and locked: a lease until it is closed."""
+    """A version's `version.json`, open and locked: a lease until it is closed.
+
+    Raises:
+        OSError: it is not there, or was taken away before it was locked.
+    """
     file = (folder / VERSION_FILE).open("rb")
     lock_file(file.fileno(), shared=True, wait=True)
-    return file
+    try:
+        if os.fstat(file.fileno()).st_ino == (folder / VERSION_FILE).stat().st_ino:
+            return file
+    except OSError:
+        file.close()
+        raise
+    file.close()  # a damaged version gave way to a whole one
+    return _held(folder)
 
 
 def is_version_folder(folder: Path) -> bool:

@@ -1,4 +1,4 @@
-"""Walk the expressions of a chat template, and the calls of its macros; see `template_walk`."""
+"""Walk the expressions of a chat template; see `template_walk`."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from functools import partial
 
 from jinja2 import nodes
 
+from vllm_lora_ext.template_growth import MAX_COPIES, SHORTEN, Growth, Setting
 from vllm_lora_ext.template_values import (
     NOTHING,
     ConstructRefused,
@@ -25,9 +26,7 @@ from vllm_lora_ext.template_values import (
     remainder,
 )
 
-MAX_COPIES = 10_000  # of one piece of the request, in one text
 MAX_STEPS = 100_000  # expressions walked, macro calls written out
-SHORTEN = "Write the text once, and use it once."
 _FUNCTIONS = frozenset(["range", "namespace", "dict", "raise_exception", "strftime_now"])
 _COUNTERS = frozenset(["index", "index0", "revindex", "revindex0", "length", "depth", "depth0"])
 _ANY = "*"  # some part, nobody knows which
@@ -52,7 +51,8 @@ class Scope:
 
     `element` is the path of the innermost loop's variable; `nested` counts the loops that multiply and
     `repeats` the runs of those over literals. `loops` are the loops since the innermost macro began,
-    whose name is `macros[-1]` and whose parameters have the paths in `parameters`.
+    whose name is `macros[-1]` and whose parameters have the paths in `parameters`. `controls` is what is
+    held by the lists that loops go over: what is set there happens as often as those are long.
     """
 
     variables: dict[str, Value]
@@ -64,6 +64,7 @@ class Scope:
     macros: tuple[str, ...] = ()
     parameters: Mapping[str, Path] = field(default_factory=dict)
     facts: tuple[Fact, ...] = ()
+    controls: Mapping[str, float] = field(default_factory=dict)
 
     def inner(self) -> Scope:
         """The same place, with variables of its own."""
@@ -77,8 +78,11 @@ class ExpressionWalk(ABC):
     tree: nodes.Template
     _macros: dict[str, list[nodes.Macro]] = field(default_factory=dict)
     _globals: dict[str, Value] = field(default_factory=dict)
-    _uncounted: set[str] = field(default_factory=set)  # namespace fields that may hold more than a count
-    _grown: set[str] = field(default_factory=set)  # namespace fields that are set in a loop
+    _fields: dict[str, Value] = field(default_factory=dict)  # of namespaces, as the walk before found them
+    _found: dict[str, list[Value]] = field(default_factory=dict)  # what they are set to in this walk
+    _growth: Growth = field(default_factory=Growth)
+    _sites: dict[str, tuple[str, ...]] = field(default_factory=dict)  # of self-calls: the loops around
+    _self_calling: frozenset[str] = frozenset()  # macros
     _self_calls: list[tuple[Path, tuple[Fact, ...]]] = field(default_factory=list)  # on one way
     _steps: int = 0
     _names: int = 0
@@ -86,6 +90,10 @@ class ExpressionWalk(ABC):
     @abstractmethod
     def _body(self, body: Iterable[nodes.Node], scope: Scope) -> Value:
         """What statements write."""
+
+    @abstractmethod
+    def _macro_call(self, node: nodes.Call, name: str, scope: Scope) -> Value:
+        """What a call of a macro writes."""
 
     def _new_name(self, kind: str) -> str:
         self._names += 1
@@ -98,10 +106,36 @@ class ExpressionWalk(ABC):
             raise ConstructRefused(node.lineno, rule, "Call each macro where it is needed only.")
 
     def _limited(self, node: nodes.Node, value: Value) -> Value:
-        if value.copies > MAX_COPIES:
+        if value.copies + self._growth.weight(value.holds) > MAX_COPIES:
             rule = f"makes a text that repeats the same part more than {MAX_COPIES:,} times"
             raise ConstructRefused(node.lineno, rule, SHORTEN)
         return value
+
+    def _keep(self, node: nodes.Node, name: str, value: Value, scope: Scope, nested: int) -> None:
+        """Note that something that outlives a run of a loop, or of a macro, gets this value."""
+        if not self._sites.keys().isdisjoint(value.holds):
+            rule = f"keeps in `{name}` what a macro that calls itself wrote"
+            raise ConstructRefused(node.lineno, rule, "Write it at once, or keep it in a variable.")
+        setting = Setting(node.lineno, name, value.holds, value.copies, value.power, nested, scope.repeats)
+        self._growth.settings.append(setting)
+
+    def _set_field(self, node: nodes.Node, name: str, value: Value, scope: Scope) -> None:
+        if value.namespace:
+            self._refuse_namespace(node)
+        self._limited(node, value)
+        self._found.setdefault(name, []).append(value)
+        held = joined([value, Value(copies=0, holds=scope.controls)]).holds
+        own = len(scope.macros) and scope.macros[-1] in self._self_calling  # one more loop, as it were
+        self._keep(node, name, replace(value, holds=held), scope, scope.nested + own)
+
+    def _field(self, name: str) -> Value:
+        """What stands in a field of some namespace: it is told apart from others by its name alone."""
+        known = self._fields.get(name, Value(counted=True))
+        return replace(known, copies=0, power=0, holds={name: 1})
+
+    def _refuse_namespace(self, node: nodes.Node) -> None:
+        rule = "uses a namespace other than for its fields"
+        raise ConstructRefused(node.lineno, rule, "Write `ns.field`, and hand on the field.")
 
     def _one_of(self, walks: Iterable[Callable[[], Value]]) -> Value:
         """Walks that exclude each other: a macro may call itself in each of them."""
@@ -124,6 +158,13 @@ class ExpressionWalk(ABC):
         return [self._value(node, scope) for node in found]
 
     def _value(self, node: nodes.Node, scope: Scope) -> Value:
+        value = self._any(node, scope)
+        if value.namespace:  # in a list or a text nobody would see what is read of it
+            self._refuse_namespace(node)
+        return value
+
+    def _any(self, node: nodes.Node, scope: Scope) -> Value:
+        """The value of an expression, which may be a namespace."""
         self._step(node)
         match node:
             case nodes.Const():
@@ -153,12 +194,13 @@ class ExpressionWalk(ABC):
             case nodes.CondExpr():
                 self._value(node.test, scope)
                 others = [node.expr1, *([node.expr2] if node.expr2 else [])]
-                return self._one_of([partial(self._value, other, scope) for other in others])
+                return self._one_of([partial(self._any, other, scope) for other in others])
             case nodes.And() | nodes.Or():
-                return either(self._all([node.left, node.right], scope))
+                return either([self._any(node.left, scope), self._any(node.right, scope)])
             case nodes.Test():
                 asked = [] if isinstance(node.node, nodes.Name) else [node.node]  # `a_macro is defined`
-                self._all([*asked, *node.args, *node.kwargs], scope)
+                for part in [*asked, *node.args, *node.kwargs]:
+                    self._any(part, scope)
                 return NOTHING
             case nodes.Not() | nodes.Compare():
                 self._all(node.iter_child_nodes(), scope)
@@ -175,22 +217,19 @@ class ExpressionWalk(ABC):
                 return joined(self._all(node.iter_child_nodes(), scope))
 
     def _attribute(self, node: nodes.Getattr, scope: Scope) -> Value:
-        base = self._value(node.node, scope)
-        if isinstance(node.node, nodes.Name) and node.node.name == "loop":
-            return Value(copies=0, counted=node.attr in _COUNTERS)
-        if base.fields is not None:
-            found = base.fields.get(node.attr, Value())
-            if node.attr in self._grown:  # it may hold more than is known here
-                found = replace(found, path=None, literal=False)
-            return replace(found, counted=found.counted and node.attr not in self._uncounted)
-        return base.part(node.attr)
+        base = self._any(node.node, scope)
+        if isinstance(node.node, nodes.Name) and node.node.name == "loop" and node.attr in _COUNTERS:
+            return Value(counted=True)
+        return self._field(node.attr) if base.namespace else base.part(node.attr)
 
     def _item(self, node: nodes.Getitem, scope: Scope) -> Value:
-        base, key = self._value(node.node, scope), self._value(node.arg, scope)
+        base, key = self._any(node.node, scope), self._value(node.arg, scope)
+        if base.namespace:
+            if isinstance(node.arg, nodes.Const):
+                return self._field(str(node.arg.value))
+            self._refuse_namespace(node)
         if isinstance(node.arg, nodes.Slice):
             return replace(base, counted=False)
-        if base.fields is not None:
-            return Value()
         if isinstance(node.arg, nodes.Const) and isinstance(node.arg.value, str):
             return base.part(node.arg.value)
         if base.path and key.path and key.path[:-1] == base.path:  # data[key], in a loop over the keys
@@ -205,9 +244,9 @@ class ExpressionWalk(ABC):
     def _call(self, node: nodes.Call, scope: Scope) -> Value:
         rest = [part for part in (node.dyn_args, node.dyn_kwargs) if part]
         if isinstance(node.node, nodes.Getattr):
-            base = self._value(node.node.node, scope)
+            base = self._any(node.node.node, scope)
             values = self._all([*node.args, *node.kwargs, *rest], scope)
-            if base.fields is None:
+            if not base.namespace:
                 return method_result(node, node.node.attr, base, values)
         name = node.node.name if isinstance(node.node, nodes.Name) else None
         if name in self._macros:
@@ -216,78 +255,17 @@ class ExpressionWalk(ABC):
             what = f"`{name}`" if name else "an expression"
             rule = f"calls {what}, which is no function, macro or method that is known"
             raise ConstructRefused(node.lineno, rule, f"Call one of {', '.join(sorted(_FUNCTIONS))}.")
+        if name == "namespace":
+            return self._namespace(node, scope)
         values = self._all([*node.args, *node.kwargs, *rest], scope)
         if name == "range":
             return number_range(node, values)
-        if name == "namespace":
-            fields = {item.key: self._value(item.value, scope) for item in node.kwargs}
-            self._uncounted.update(key for key, value in fields.items() if not value.counted)
-            return Value(fields=fields)
         return replace(NOTHING, size=30) if name == "strftime_now" else joined(values)
 
-    def _macro_call(self, node: nodes.Call, name: str, scope: Scope) -> Value:
-        """Walk the macro with the arguments of this call, unless it is calling itself."""
-        by_place = self._all(node.args, scope)
-        by_name = {item.key: self._value(item.value, scope) for item in node.kwargs}
-        given = [*by_place, *by_name.values()]
-        self._all([part for part in (node.dyn_args, node.dyn_kwargs) if part], scope)
-        made = []
-        for macro in self._macros[name]:
-            names = [argument.name for argument in macro.args]
-            arguments = dict(zip(names, by_place, strict=False)) | by_name
-            if name in scope.macros:
-                self._judge_self_call(node, name, arguments, scope)
-                made.append(joined(given))
-            else:
-                made.append(self._macro_text(macro, arguments, scope))
-        return replace(either(made), path=None, counted=False, literal=False, fields=None)
-
-    def _macro_text(self, macro: nodes.Macro, arguments: dict[str, Value], scope: Scope) -> Value:
-        variables = dict(self._globals)
-        inside = replace(scope, variables=variables, loops=(), macros=(*scope.macros, macro.name))
-        defaults = dict(zip([item.name for item in macro.args[::-1]], macro.defaults[::-1], strict=False))
-        for item in macro.args:
-            self._refuse_function_name(item, item.name)
-            if item.name in arguments:
-                value = arguments[item.name]
-            elif item.name in defaults:
-                value = self._value(defaults[item.name], inside)
-            else:
-                value = Value()
-            path = (self._new_name("?"),) if value.path is None else value.path
-            variables[item.name] = replace(value, path=path)
-        paths = {item.name: variables[item.name].path or () for item in macro.args}
-        before, self._self_calls = self._self_calls, []
-        text = self._body(macro.body, replace(inside, parameters=paths))
-        self._self_calls = before
-        return self._limited(macro, text)
-
-    def _judge_self_call(
-        self, node: nodes.Call, name: str, arguments: dict[str, Value], scope: Scope
-    ) -> None:
-        """A macro may call itself on a part of its argument, and on no part of it twice."""
-        rule = f"calls the macro `{name}` in a circle"
-        fix = "Let a macro call itself on a part of its own argument, or not at all."
-        if scope.macros[-1] != name:
-            raise ConstructRefused(node.lineno, rule, fix)
-        for key, whole in scope.parameters.items():
-            path = arguments[key].path if key in arguments else None
-            if path is None or path[: len(whole)] != whole:
-                continue
-            below = path[len(whole) :]
-            if (below or not path) and set(scope.loops) <= set(below):
-                if any(_overlap((path, scope.facts), other) for other in self._self_calls):
-                    rule = f"lets the macro `{name}` call itself twice on the same part"
-                    raise ConstructRefused(node.lineno, rule, "Keep the result in a variable.")
-                self._self_calls.append((path, scope.facts))
-                return
-        rule = f"lets the macro `{name}` call itself, and not on a part of its argument"
-        raise ConstructRefused(node.lineno, rule, fix)
-
-
-def _overlap(one: tuple[Path, tuple[Fact, ...]], other: tuple[Path, tuple[Fact, ...]]) -> bool:
-    """Whether two calls may see the same part of the argument, in one run of the macro."""
-    if any(fact.excludes(counter) for fact in one[1] for counter in other[1]):
-        return False
-    pairs = zip(one[0], other[0], strict=False)
-    return all(a == b or a.startswith("*") or b.startswith("*") for a, b in pairs)
+    def _namespace(self, node: nodes.Call, scope: Scope) -> Value:
+        if node.args or node.dyn_args or node.dyn_kwargs:
+            rule = "calls `namespace` with a dict"
+            raise ConstructRefused(node.lineno, rule, "Name each field: `namespace(found=false)`.")
+        for item in node.kwargs:
+            self._set_field(node, item.key, self._value(item.value, scope), scope)
+        return Value(copies=0, namespace=True)

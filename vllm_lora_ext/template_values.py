@@ -7,9 +7,10 @@ for operators, filters and methods are here; `vllm_lora_ext.chat_template` walks
 
 from __future__ import annotations
 
+import math
 import re
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 
 from jinja2 import nodes
 
@@ -37,6 +38,8 @@ _METHODS = (
 ) - {"format_map", "maketrans", "translate"}
 _NUMBERS_OF_UNKNOWN_SIZE = frozenset(["abs", "float", "int", "round", "sum"])
 _LENGTHS = frozenset(["count", "length", "wordcount"])
+_TOKENS = frozenset((f"{name}_token",) for name in ("bos", "eos", "pad", "unk"))
+_TOKEN_LENGTH = 32  # characters
 _SAFE_FORMAT = re.compile(r"(?!.*(\d{4}|%[^a-zA-Z%]*\*|\{[^}]*\{))", re.DOTALL)
 
 Path = tuple[str, ...]
@@ -56,26 +59,36 @@ class Value:
 
     `path` leads to the part of the request that it is, or is made of: `()` for what the template spells
     out itself, None for what is unknown. A name that begins with `*` stands for any part.
-    `copies`: how often it repeats that part; `again`: how often the variable that is being set.
+    `copies`: how often it repeats that part; `holds`: how often it repeats what the template keeps (see
+    `template_growth`); `power`: to which power of the request's size it can grow, less one.
     `size`: the greatest number or longest text written down in it; `items`: over how many a loop would
     run if `literal`; `inner`: the same one level further down. `counted`: a whole number no greater
-    than the request is long. `fields`: the values in a namespace.
+    than the request is long. `namespace`: it may be a namespace.
     """
 
     path: Path | None = None
     copies: float = 1
-    again: int = 0
+    holds: Mapping[str, float] = field(default_factory=dict)
+    power: int = 0
     size: int = 0
     items: int = 0
     inner: int = 0
     counted: bool = False
     literal: bool = False
-    fields: dict[str, Value] | None = None
+    namespace: bool = False
 
     def part(self, key: str) -> Value:
         """What is found inside under `key`."""
         path = self.path and (*self.path, key)
-        return replace(self, path=path, counted=False, items=self.inner, fields=None)
+        return replace(self, path=path, counted=False, items=self.inner, namespace=False)
+
+    def times(self, factor: float) -> Value:
+        """The same, as often."""
+        holds = {name: count * factor for name, count in self.holds.items()}
+        whole = math.ceil(factor)
+        return replace(
+            self, copies=self.copies * factor, holds=holds, size=self.size * whole, items=self.items * whole
+        )
 
 
 NOTHING = Value(path=(), copies=0, literal=True)
@@ -98,7 +111,8 @@ def joined(values: Sequence[Value]) -> Value:
     return Value(
         path=_common_path(values),
         copies=sum(value.copies for value in values),
-        again=sum(value.again for value in values),
+        holds=_held(values, together=True),
+        power=max((value.power for value in values), default=0),
         size=sum(value.size for value in values),
         items=sum(value.items for value in values),
         inner=max((value.inner for value in values), default=0),
@@ -112,14 +126,27 @@ def either(values: Sequence[Value]) -> Value:
     return Value(
         path=_common_path(values),
         copies=max(value.copies for value in values),
-        again=max(value.again for value in values),
+        holds=_held(values, together=False),
+        power=max(value.power for value in values),
         size=max(value.size for value in values),
         items=max(value.items for value in values),
         inner=max(value.inner for value in values),
         counted=all(value.counted for value in values),
         literal=all(value.literal for value in values),
-        fields=next((value.fields for value in values if value.fields is not None), None),
+        namespace=any(value.namespace for value in values),
     )
+
+
+def _held(values: Sequence[Value], together: bool) -> Mapping[str, float]:
+    """What all of them hold, or at most one of them."""
+    holding = [value.holds for value in values if value.holds]
+    if len(holding) < 2:
+        return holding[0] if holding else {}
+    holds = dict(holding[0])
+    for more in holding[1:]:
+        for name, count in more.items():
+            holds[name] = holds.get(name, 0) + count if together else max(holds.get(name, 0), count)
+    return holds
 
 
 def listed(values: Sequence[Value]) -> Value:
@@ -149,16 +176,11 @@ def multiplied(node: nodes.Mul, left: Value, right: Value) -> Value:
     """
     for number, other in ((left, right), (right, left)):
         if number.path == () and number.counted and number.size <= MAX_FACTOR:
-            factor = max(number.size, 1)
-            return replace(
-                other,
-                copies=other.copies * factor,
-                again=other.again * factor,
-                size=other.size * factor,
-                items=other.items * factor,
-            )
+            return other.times(max(number.size, 1))
         if number.counted and (other.counted or (other.path == () and other.size <= MAX_FACTOR)):
-            return replace(joined([left, right]), path=None, counted=other.counted, literal=False)
+            widened = number if other.counted else number.times(max(other.size, 1))
+            both = joined([widened, other])  # the product of two counts is none
+            return replace(both, path=None, counted=False, literal=False, power=both.power + 1)
     rule = "multiplies (`*`) with what may be a large number"
     raise ConstructRefused(node.lineno, rule, f"Multiply with a number of at most {MAX_FACTOR}.")
 
@@ -178,10 +200,10 @@ def is_safe_format(node: nodes.Node | None) -> bool:
 
 def number_range(node: nodes.Call, values: Sequence[Value]) -> Value:
     """What `range` makes; raises ConstructRefused when that may be long."""
-    if not all(value.counted for value in values) or sum(value.size for value in values) > MAX_LITERAL:
+    whole = joined(values)
+    if not whole.counted or whole.size > MAX_LITERAL or whole.copies > MAX_FACTOR:
         rule = f"uses `range` with what may be more than {MAX_LITERAL:,}"
         raise ConstructRefused(node.lineno, rule, "Loop over messages, tools or their lengths.")
-    whole = joined(values)
     return replace(whole, items=whole.size, counted=True, literal=whole.path == ())
 
 
@@ -194,6 +216,8 @@ def filtered(node: nodes.Filter, base: Value, values: Sequence[Value]) -> Value:
     name = node.name
     if name in _LENGTHS:
         return replace(joined([base, *values]), path=None, counted=True, literal=False, size=0)
+    if name in ("abs", "int") and base.counted and not values:
+        return base
     if name in _NUMBERS_OF_UNKNOWN_SIZE:
         return replace(joined([base, *values]), path=None, counted=False, literal=False)
     if name == "map" and node.args:  # map('upper'): a filter, by name
@@ -228,10 +252,15 @@ def _changed(
         _allow(node, f"{what} with a width above {MAX_WIDTH}", literal and joined(values).size <= MAX_WIDTH)
         return replace(base, counted=False, literal=False)
     if name == "replace":
-        _allow(node, f"{what} with a replacement that is no constant", literal and len(values) > 1)
+        token = len(values) > 1 and _is_token(values[1])
+        constants = len(values) > 1 and all(value.path == () for value in [*values[:1], *values[2:]])
+        known = constants and (token or values[1].path == ())
+        _allow(node, f"{what} with a replacement that is no constant", known)
         old, new = values[0].size, values[1].size
-        factor = max(1, new if old == 0 else -(-new // old))
-        return replace(base, copies=base.copies * factor, again=base.again * factor, size=base.size * factor)
+        if token:
+            base = replace(base, power=base.power + 1)
+            new += math.ceil(values[1].copies * _TOKEN_LENGTH)
+        return base.times(max(1, new if old == 0 else -(-new // old)))
     if name == "join":
         _allow(node, f"{what} with a separator that is no constant", literal)
         return joined([base, *values])
@@ -248,6 +277,11 @@ def _changed(
     return replace(
         joined([base, *values]), path=base.path, items=base.items, counted=False, literal=base.literal
     )
+
+
+def _is_token(value: Value) -> bool:
+    """Whether it is one of the model's special tokens, which are short."""
+    return value.path in _TOKENS and not value.holds
 
 
 def _allow(node: nodes.Node, what: str, allowed: bool) -> None:

@@ -8,21 +8,26 @@ multiply, and at most `MAX_NESTED` of them may.
 A macro may call itself on a part of its own argument, once for each part, and so can only do as much as
 the argument is large. Macros that call each other in a circle are refused, and so are macros that are
 handed on as values: nobody could say what calling them costs.
+
+Branches that exclude each other are walked each from the same variables, and what they leave in those is
+merged. What is set in a namespace is told to `template_growth`, which judges all of it together.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from functools import partial
 
 from jinja2 import nodes
 
-from vllm_lora_ext.template_expressions import SHORTEN, ExpressionWalk, Fact, Scope
+from vllm_lora_ext.template_expressions import Fact, Scope
+from vllm_lora_ext.template_macros import MacroWalk
 from vllm_lora_ext.template_values import (
     MAX_LITERAL,
     NOTHING,
     ConstructRefused,
+    Path,
     Value,
     either,
     joined,
@@ -31,7 +36,7 @@ from vllm_lora_ext.template_values import (
 MAX_NESTED = 3
 
 
-class TemplateWalk(ExpressionWalk):
+class TemplateWalk(MacroWalk):
     """One walk over a template; `run` raises ConstructRefused at the first thing that is refused."""
 
     _assigned: frozenset[str] = frozenset()
@@ -43,11 +48,29 @@ class TemplateWalk(ExpressionWalk):
         targets = [node.target for node in self.tree.find_all(nodes.Assign)]
         targets += [node.target for node in self.tree.find_all(nodes.AssignBlock)]
         self._assigned = frozenset(name for target in targets for name in _names(target))
-        known = -1
-        while len(self._uncounted) + len(self._grown) > known:
-            known = len(self._uncounted) + len(self._grown)
+        self._self_calling = frozenset(
+            name
+            for name, macros in self._macros.items()
+            if any(call.node == nodes.Name(name, "load") for macro in macros for call in _calls(macro))
+        )
+        self._refuse_macros_inside(self.tree.body)
+        before: object = None
+        while before != (known := (self._fields, dict(self._growth.weights), dict(self._growth.powers))):
+            before = known
             self._globals.clear()
+            self._found.clear()
             self._body(self.tree.body, Scope(self._globals))
+            self._growth.settle()
+            self._fields = {name: _field(values) for name, values in self._found.items()}
+
+    def _refuse_macros_inside(self, body: Iterable[nodes.Node], top: bool = True) -> None:
+        """A macro that stands in a loop would see the variables of that loop, which the walk does not."""
+        for node in body:
+            if isinstance(node, nodes.Macro) and not top:
+                rule = f"defines the macro `{node.name}` inside of something"
+                raise ConstructRefused(node.lineno, rule, "Define it at the start.")
+            inside = top and isinstance(node, nodes.If)
+            self._refuse_macros_inside(node.iter_child_nodes(), inside)
 
     # Statements: what they write.
 
@@ -64,17 +87,17 @@ class TemplateWalk(ExpressionWalk):
             case nodes.For():
                 return self._for(node, scope)
             case nodes.Assign():
-                self._assign(node, scope)
+                self._assign(node.target, node.node, scope)
             case nodes.AssignBlock():
                 text = self._body(node.body, scope.inner())
                 made = self._filter(node.filter, text, scope) if node.filter else text
-                self._bind(node.target, replace(made, counted=False), scope)
+                self._bind(node.target, replace(made, counted=False, literal=False), scope)
             case nodes.FilterBlock():
                 return self._filter(node.filter, self._body(node.body, scope.inner()), scope)
             case nodes.With():
                 inner = scope.inner()
                 for target, value in zip(node.targets, node.values, strict=True):
-                    self._bind(target, self._value(value, scope), inner)
+                    self._bind(target, self._any(value, scope), inner)
                 return self._body(node.body, inner)
             case nodes.CallBlock(call=nodes.Call(node=nodes.ExtensionAttribute())):  # {% generation %}
                 return self._body(node.body, scope.inner())
@@ -91,10 +114,26 @@ class TemplateWalk(ExpressionWalk):
                 self._value(test, scope)
             return self._body(body, replace(scope, facts=(*scope.facts, *self._facts(test, scope))))
 
+        def alone(branch: Callable[[], Value]) -> Value:
+            scope.variables.clear()  # in place: macros look at the outermost ones
+            scope.variables.update(before)
+            text = branch()
+            changed = [item for item in scope.variables.items() if before.get(item[0]) is not item[1]]
+            after.append(dict(changed))
+            return text
+
         self._value(node.test, scope)
         walks = [partial(walk, node.test, node.body, True)]
         walks += [partial(walk, other.test, other.body, False) for other in node.elif_]
-        return self._one_of([*walks, partial(self._body, node.else_, scope)])
+        walks.append(partial(self._body, node.else_, scope))
+        before, after = dict(scope.variables), list[dict[str, Value]]()
+        text = self._one_of([partial(alone, branch) for branch in walks])
+        scope.variables.clear()
+        scope.variables.update(before)
+        for name in {name for changed in after for name in changed}:
+            unchanged = before.get(name, Value((name,)))
+            scope.variables[name] = either([changed.get(name, unchanged) for changed in after])
+        return text
 
     def _facts(self, test: nodes.Node, scope: Scope) -> list[Fact]:
         """What `{% if x == 'y' %}` says, if the template does not change `x` anywhere."""
@@ -121,41 +160,42 @@ class TemplateWalk(ExpressionWalk):
         else:
             path = (*(over.path or (self._new_name("?"),)), star)
             goes_down = scope.element is None or path[: len(scope.element)] == scope.element
-            inner = replace(inner, element=path, nested=scope.nested + (not goes_down or not scope.nested))
+            long = max(1, over.power, self._growth.power(over.holds))  # a list may be longer than the request
+            times = long if not goes_down or not scope.nested else 0
+            inner = replace(inner, element=path, nested=scope.nested + times)
         if inner.repeats > MAX_LITERAL:
             rule = f"loops over literals more than {MAX_LITERAL:,} times"
             raise ConstructRefused(node.lineno, rule, "Loop over messages or tools.")
         if inner.nested > MAX_NESTED:
             rule = f"nests more than {MAX_NESTED} loops that each go over a whole list"
             raise ConstructRefused(node.lineno, rule, "Loop over a part of what the loop around goes over.")
+        controls = joined([Value(holds=scope.controls), over]).holds
+        inner = replace(inner, controls=controls)
         element = replace(over, path=path, items=over.inner, literal=over.literal and over.path == ())
-        inner.variables["loop"] = Value()
+        inner.variables["loop"] = replace(over, path=None, counted=False, literal=False)  # .previtem
         self._bind(node.target, element, inner)
         if node.test:
             self._value(node.test, inner)
-        return either([self._body(node.body, inner), self._body(node.else_, scope.inner())])
+        text = self._repeated(self._body(node.body, inner), path, star, inner.nested - scope.nested)
+        return either([text, self._body(node.else_, scope.inner())])
 
-    def _assign(self, node: nodes.Assign, scope: Scope) -> None:
-        if not isinstance(node.target, nodes.NSRef):
-            self._bind(node.target, self._value(node.node, scope), scope)
-            return
-        self._set_field(node, node.target, scope)
+    def _repeated(self, text: Value, path: Path, star: str, nested: int) -> Value:
+        """What a loop writes, whose body writes `text` in each run, and whose variable has this path."""
+        holds = {
+            name: count if star in self._sites.get(name, ()) else 2 * count
+            for name, count in text.holds.items()
+        }
+        parts = text.path == () or (text.path is not None and text.path[: len(path)] == path)
+        return replace(text, holds=holds, power=text.power + (0 if parts and nested < 1 else 1))
 
-    def _set_field(self, node: nodes.Assign, target: nodes.NSRef, scope: Scope) -> None:
-        """Set a field of a namespace, the one kind of variable that outlives a run of a loop."""
-        name = target.attr
-        fields = scope.variables.get(target.name, Value()).fields
-        fields = {} if fields is None else fields
-        fields[name] = replace(fields.get(name, NOTHING), again=1)
-        made = self._limited(node, self._value(node.node, scope))  # its own old value counts in `again`
-        if made.again > 1 and scope.looping:
-            rule = f"sets `{target.name}.{name}` to what holds it twice, in a loop"
-            raise ConstructRefused(node.lineno, rule, SHORTEN)
-        if not made.counted:
-            self._uncounted.add(name)
-        if scope.looping:
-            self._grown.add(name)
-        fields[name] = replace(made, again=0)
+    def _assign(self, target: nodes.Node, made: nodes.Node, scope: Scope) -> None:
+        if isinstance(target, nodes.Tuple) and isinstance(made, nodes.Tuple):
+            values = self._all(made.items, scope)
+            if len(values) == len(target.items):  # each to each: `a, b = b, a`
+                for item, value in zip(target.items, values, strict=True):
+                    self._bind(item, value, scope)
+                return
+        self._bind(target, self._any(made, scope), scope)
 
     def _bind(self, target: nodes.Node, value: Value, scope: Scope) -> None:
         if isinstance(target, nodes.Tuple):
@@ -164,6 +204,8 @@ class TemplateWalk(ExpressionWalk):
         elif isinstance(target, nodes.Name):
             self._refuse_function_name(target, target.name)
             scope.variables[target.name] = self._limited(target, value)
+        elif isinstance(target, nodes.NSRef):  # the one kind of variable that outlives a run of a loop
+            self._set_field(target, target.attr, value, scope)
 
 
 def _names(target: nodes.Node) -> list[str]:
@@ -171,3 +213,22 @@ def _names(target: nodes.Node) -> list[str]:
     if isinstance(target, nodes.Tuple):
         return [name for item in target.items for name in _names(item)]
     return [target.name] if isinstance(target, nodes.Name | nodes.NSRef) else []
+
+
+def _calls(macro: nodes.Macro) -> list[nodes.Call]:
+    return list(macro.find_all(nodes.Call))
+
+
+def _field(values: Sequence[Value]) -> Value:
+    """What is certain of a field that is set to these, wherever it is read."""
+    found = either(values)
+    literal = found.path == ()
+    fixed = found.path is not None and not any(part[:1] in "*?" for part in found.path)
+    return Value(
+        path=found.path if fixed else None,
+        size=found.size if literal else 0,
+        items=found.items if literal else 0,
+        inner=found.inner if literal else 0,
+        counted=found.counted,
+        literal=literal and found.literal,
+    )

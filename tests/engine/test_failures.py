@@ -6,6 +6,7 @@ import json
 import shutil
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -16,9 +17,10 @@ import pytest
 
 from serve.client import make_client
 from serve.process import ServerProcess
-from tests.conftest import ROOT
+from tests.conftest import ROOT, adapter_for
 from tests.engine.conftest import QUIET
 from tests.engine.test_serving import BASE, chat
+from vllm_lora_ext.base_model import read_base_model
 from vllm_lora_ext.catalog import Catalog
 from vllm_lora_ext.errors import ServerFailed
 from vllm_lora_ext.intake import admit
@@ -37,11 +39,14 @@ def variant(adapter: Path, folder: Path, alpha: int) -> Path:
 
 
 @pytest.fixture(scope="module")
-def fleet(adapters: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """`chat` and `lost`, much alike."""
+def fleet(tiny_base: Path, adapters: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """`chat` and `lost`, much alike; `slow-to-read` takes longer to read than the engine to start."""
     folder = tmp_path_factory.mktemp("fleet")
     shutil.copytree(adapters / "chat", folder / "chat")
     variant(adapters / "chat", folder / "lost", 31)
+    shapes = read_base_model(str(tiny_base)).module_shapes()
+    assert shapes is not None
+    adapter_for(shapes, 192, folder / "slow-to-read", str(tiny_base))
     return folder
 
 
@@ -70,12 +75,26 @@ def cramped(
     log = tmp_path_factory.mktemp("log") / "cramped.log"
     slow_disk = {
         "PYTHONPATH": str(ROOT / "benchmarks" / "throttle"),
-        "BENCH_READ_LIMIT": "150000",  # 8 s for an adapter of 1.2 MB
-        "BENCH_READ_MATCH": slow[1],
+        "BENCH_READ_LIMIT": "150000",  # 8 s for an adapter of 1.2 MB, 96 s for one of 14 MB
+        "BENCH_READ_MATCH": f"{slow[1]},slow-to-read",
     }
     environment = {**QUIET, **RUNTIME, **slow_disk}
     with ServerProcess([str(tiny_base), "--adapters", str(fleet), *room], log, environment) as running:
         yield running
+
+
+def test_a_large_folder_does_not_hold_up_readiness(cramped: ServerProcess) -> None:
+    """Runs first: the adapter is still being read when the server is ready, and is served once it is there."""
+    ready = httpx.get(f"{cramped.url}/ready").json()
+    assert ready["adapters"] == ["chat", "lost"]
+    deadline = time.monotonic() + 300
+    while "slow-to-read" not in httpx.get(f"{cramped.url}/ready").json()["adapters"]:
+        assert time.monotonic() < deadline, "it never came"
+        time.sleep(0.5)
+    client = make_client(cramped.url)
+    assert chat(client, "slow-to-read", "Who are you?") == chat(client, BASE, "Who are you?"), (
+        "its weights are 0"
+    )
 
 
 def test_nobody_notices_what_happens_to_the_source(cramped: ServerProcess, fleet: Path) -> None:

@@ -14,6 +14,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import load_file, save_file
 
 from tests.arm import Arm, ArmDied, ArmHangs, EngineFailed
 from tests.stock.conftest import MENDED, SLOTS
@@ -169,14 +171,31 @@ def test_f04_a_failed_reload_in_place_leaves_the_old_adapter(
 
 def spoil_last_tensor(source: Path, target: Path) -> None:
     """Other weights in place of `target`'s, the last of which is too wide for the model."""
-    import torch
-    from safetensors.torch import load_file, save_file
-
     tensors = load_file(source / "adapter_model.safetensors")
     last = sorted(name for name in tensors if "down_proj.lora_B" in name)[-1]
     tensors[last] = torch.cat([tensors[last], tensors[last]])
     (target / "adapter_model.safetensors").unlink()
     save_file(tensors, target / "adapter_model.safetensors")
+
+
+@pytest.mark.parametrize("kind", ["stock", "ours"])
+def test_s8_an_adapter_that_no_module_uses_is_not_loaded(
+    kind: str, arms: Arms, make_adapter: MakeAdapter
+) -> None:
+    """Straight into the engine, past admission, as for an architecture that admission does not know."""
+    arm = arms(kind)
+    folder = make_adapter("beyond", seed=15)
+    weights = folder / "adapter_model.safetensors"
+    tensors = {name.replace("layers.", "layers.4"): tensor for name, tensor in load_file(weights).items()}
+    weights.unlink()
+    save_file(tensors, weights)
+    name = named(arm, "beyond", folder)
+    if kind == "stock":
+        assert arm("load", name=name), MENDED
+        assert tokens(arm, name) == tokens(arm), MENDED
+    else:
+        with pytest.raises(EngineFailed, match="it changes nothing"):
+            arm("load", name=name)
 
 
 @pytest.mark.parametrize("kind", ["ours", "stock"])

@@ -15,7 +15,9 @@ from vllm_lora_ext.base_model import BaseModel
 from vllm_lora_ext.errors import AdapterRefused
 from vllm_lora_ext.inspection import Inspection, Rules, inspect_adapter, require_admitted
 from vllm_lora_ext.names import judge_name
+from vllm_lora_ext.peft_format import adapter_folders, canonical_config
 from vllm_lora_ext.spec import EngineLimits, allowed_rank
+from vllm_lora_ext.strict_json import canonical
 
 BASE = BaseModel("base", BASE_CONFIG)
 RULES = Rules(BASE)
@@ -217,10 +219,31 @@ def test_names_that_could_mean_something_else_are_refused(name: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "name", ["text", "image", "audio", "video", "input", "warmup_1", "base", "Text", "BASE", "a@b"]
+    "name",
+    [
+        "text",
+        "image",
+        "audio",
+        "video",
+        "input",
+        "warmup_1",
+        "warmup_27",
+        "Warmup_2",
+        "base",
+        "Text",
+        "BASE",
+        "a@b",
+    ],
 )
 def test_reserved_names_are_refused(name: str) -> None:
     assert [finding.code for finding in judge_name(name, ["base"])] == ["adapter_name_reserved"]
+
+
+@pytest.mark.parametrize("sign", ["\u200c", "\u200d", "\u00ad", "\ufe0f"])
+def test_a_name_with_what_nobody_sees_is_told_so(sign: str) -> None:
+    (finding,) = judge_name(f"a{sign}b")
+    assert finding.code == "adapter_name_invalid"
+    assert f"U+{ord(sign):04X}" in finding.rule and finding.item.isprintable()
 
 
 @pytest.mark.parametrize("name", ["xiaoli", "小李", "v1.2", "a-b_c", "org/name", "हिन्दी", "_x"])
@@ -260,6 +283,129 @@ def test_lora_on_the_vocabulary_is_left_to_the_engine(make_adapter: MakeAdapter,
     targets = [*PROJECTIONS, module.rpartition(".")[2]]
     inspection = inspect_adapter(make_adapter(tensors=lora_tensors() | extra, target_modules=targets), RULES)
     assert (inspection.state, codes(inspection)) == ("unproven", {"module_unproven"})
+
+
+HEAD = "base_model.model.score"
+CLASSIFIER = BaseModel("base", {**BASE_CONFIG, "architectures": ["Qwen2ForSequenceClassification"]})
+UNNAMED = BaseModel("base", {name: value for name, value in BASE_CONFIG.items() if name != "architectures"})
+
+
+def stored(*names: str, shape: tuple[int, ...] = (2, 64)) -> dict[str, np.ndarray]:
+    return {name: np.ones(shape[:1] if name.endswith("bias") else shape, np.float32) for name in names}
+
+
+@pytest.mark.parametrize(
+    ("base", "tensors", "expected"),
+    [
+        (CLASSIFIER, stored(f"{HEAD}.weight"), {"head_unproven"}),
+        (CLASSIFIER, stored(f"{HEAD}.weight", f"{HEAD}.bias"), {"head_unproven"}),
+        (UNNAMED, stored(f"{HEAD}.weight"), {"head_unproven"}),
+        (BASE, stored(f"{HEAD}.weight"), {"feature_unsupported"}),
+        (CLASSIFIER, stored(f"{HEAD}.bias"), {"pair_incomplete"}),
+        (CLASSIFIER, stored(f"{HEAD}.dense.weight"), {"module_unknown", "head_unproven"}),
+        (CLASSIFIER, stored(f"{HEAD}.weight", shape=(2, 8, 8)), {"module_unknown", "head_unproven"}),
+        (
+            CLASSIFIER,
+            stored(f"{HEAD}.weight", "base_model.model.classifier.weight"),
+            {"module_unknown", "head_unproven"},
+        ),
+        (CLASSIFIER, {}, {"head_unproven"}),
+    ],
+)
+def test_a_head_is_one_weight_of_a_classifier(
+    make_adapter: MakeAdapter, base: BaseModel, tensors: dict[str, Any], expected: set[str]
+) -> None:
+    folder = make_adapter(tensors=lora_tensors() | tensors, modules_to_save=["score"], task_type="SEQ_CLS")
+    inspection = inspect_adapter(folder, Rules(base))
+    assert codes(inspection) == expected
+    assert inspection.state == ("unproven" if expected == {"head_unproven"} else "refused")
+
+
+def test_a_head_alone_is_an_adapter(make_adapter: MakeAdapter) -> None:
+    folder = make_adapter(tensors=stored(f"{HEAD}.weight"), modules_to_save=["score", "classifier"])
+    assert inspect_adapter(folder, Rules(CLASSIFIER)).state == "unproven"
+
+
+@pytest.mark.parametrize(
+    "tensors",
+    [
+        stored("base_model.model.model.embed_tokens.base_layer.weight", shape=(512, 64)),
+        stored(f"{STEM}.lora_A.weight", shape=(8, 64)),
+        stored("other.weight"),
+    ],
+    ids=["a copy of the base's", "half a pair", "something else"],
+)
+def test_what_holds_no_pair_is_empty_whatever_is_allowed(
+    make_adapter: MakeAdapter, tensors: dict[str, Any]
+) -> None:
+    allowed = frozenset({"adapter_empty", "module_unknown", "pair_incomplete", "target_modules_mismatch"})
+    inspection = inspect_adapter(make_adapter(tensors=tensors), Rules(BASE, allow=allowed))
+    assert "adapter_empty" in codes(inspection) and not inspection.admitted
+
+
+@pytest.mark.parametrize(
+    ("module", "sides"),
+    [
+        ("model.layers.0.self_attn.q_proj", {"lora_embedding_A": (8, 64), "lora_embedding_B": (64, 8)}),
+        ("model.embed_tokens", {"lora_A.weight": (8, 512), "lora_B.weight": (64, 8)}),
+    ],
+)
+def test_matrices_of_embeddings_belong_to_embeddings(
+    make_adapter: MakeAdapter, module: str, sides: dict[str, tuple[int, int]]
+) -> None:
+    stem = f"base_model.model.{module}."
+    tensors = {name: value for name, value in lora_tensors().items() if not name.startswith(stem)}
+    tensors |= {stem + side: np.zeros(shape, np.float32) for side, shape in sides.items()}
+    folder = make_adapter(tensors=tensors, target_modules=[*PROJECTIONS, "embed_tokens"])
+    findings = inspect_adapter(folder, RULES).findings
+    assert any(f.code == "module_unknown" and "embedding" in f.rule for f in findings)
+
+
+def test_an_alpha_of_zero_can_be_allowed(make_adapter: MakeAdapter) -> None:
+    folder = make_adapter(lora_alpha=0, alpha_pattern={"q_proj": 0})
+    assert not inspect_adapter(folder, RULES).admitted
+    assert inspect_adapter(folder, Rules(BASE, allow=frozenset({"alpha_no_effect"}))).admitted
+
+
+def test_whole_numbers_have_one_form(make_adapter: MakeAdapter) -> None:
+    changes: list[dict[str, Any]] = [
+        {"lora_alpha": 16, "alpha_pattern": {"q_proj": 8}},
+        {"lora_alpha": 16.0, "alpha_pattern": {"q_proj": 8.0}},
+    ]
+    specs = [
+        require_admitted(inspect_adapter(make_adapter(f"a{i}", **change), RULES))
+        for i, change in enumerate(changes)
+    ]
+    one, other = (canonical(canonical_config(spec)) for spec in specs)
+    assert one == other and b"16.0" not in one
+
+
+def test_a_name_of_half_characters_does_not_stop_anything(make_adapter: MakeAdapter) -> None:
+    folder = make_adapter(target_parameters=["\ud800"])
+    assert codes(inspect_adapter(folder, RULES)) == {"config_not_json"}
+
+
+def test_folders_that_may_not_be_looked_into_are_adapters_that_are_refused(make_adapter: MakeAdapter) -> None:
+    from tests.unit.vllm_lora_ext.test_bad_adapters import another_user
+
+    fine = make_adapter("fine")
+    closed, listed = fine.parent / "closed", fine.parent / "listed"
+    (fine.parent / os.fsdecode(b"no\xfftext")).mkdir()
+    closed.mkdir(mode=0)
+    (listed / "inner").mkdir(parents=True)
+    listed.chmod(0o444)
+    outer = [path for path in fine.parents if path.is_relative_to(fine.parents[3])]
+    with another_user(*outer):
+        found = adapter_folders(fine.parent)
+        states = {name: codes(inspect_adapter(path, RULES)) for name, path in found.items()}
+        with pytest.raises(PermissionError):
+            adapter_folders(closed)
+    closed.chmod(0o755)
+    listed.chmod(0o755)
+    assert set(found) == {"fine", "closed", "listed", "no\\xfftext"}
+    assert states["closed"] == {"permission_denied"}
+    assert states["listed"] == {"permission_denied"}
+    assert judge_name("no\\xfftext")
 
 
 def test_a_finding_is_written_with_code_item_rule_and_fix(make_adapter: MakeAdapter) -> None:

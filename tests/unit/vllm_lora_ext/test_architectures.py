@@ -104,6 +104,7 @@ def test_defaults_are_those_of_transformers(name: str) -> None:
     assert (decoder.layers, decoder.heads) == (real.num_hidden_layers, real.num_attention_heads)
     assert decoder.kv_heads == real.num_key_value_heads
     assert decoder.head_dim == getattr(real, "head_dim", None)
+    assert decoder.vocab in (None, real.vocab_size)
     if decoder.has_dense_layers:
         assert (real.num_experts, real.decoder_sparse_step) == (decoder.experts, 1)
         assert not real.mlp_only_layers
@@ -238,6 +239,7 @@ def test_a_damaged_number_gives_nothing(change: dict[str, Any]) -> None:
         {"model_type": "llava", "text_config": {"model_type": "mamba"}},
         {"model_type": "qwen3_moe", **SIZES, "mlp_only_layers": "0"},
         {"model_type": "qwen3_moe", **SIZES, "decoder_sparse_step": 0},
+        {"model_type": "mixtral", "intermediate_size": None},
         {"model_type": "qwen2_vl", **SIZES, "head_dim": 16},
         {"model_type": "qwen2_vl_text", **SIZES},
     ],
@@ -252,7 +254,7 @@ JSON = st.recursive(
     max_leaves=5,
 )
 KEYS = (*SIZES, "head_dim", "num_experts", "mlp_only_layers", "decoder_sparse_step", "text_config")
-TYPES = ("qwen2", "qwen3_moe", "phi3", "gemma3", "qwen2_vl", "llava")
+TYPES = ("qwen2", "qwen3_moe", "mixtral", "phi3", "gemma3", "qwen2_vl", "llava")
 
 
 @settings(max_examples=60, deadline=None)
@@ -262,6 +264,7 @@ def test_no_config_raises(name: str, change: dict[str, Any]) -> None:
     assert base.module_shapes() is None or base.module_shapes()
     assert base.is_unjudged("lm_head") == (base.module_shapes() is not None)
     assert base.vocabulary_shapes() is not None
+    assert base.fingerprint
 
 
 def test_a_config_that_is_no_file_or_endless_does_not_hang(tmp_path: Path) -> None:

@@ -74,6 +74,43 @@ def test_the_fingerprint_ignores_names_and_sees_sizes() -> None:
     assert one.fingerprint != BaseModel("here", {**BASE_CONFIG, "hidden_size": 128}).fingerprint
 
 
+# What older configs leave out, and what a newer transformers writes in its place.
+LEFT_OUT = {
+    "llama": {"num_key_value_heads": 4, "head_dim": 16},
+    "mistral": {"num_key_value_heads": 8, "head_dim": 16},
+    "qwen2": {"num_key_value_heads": 32, "head_dim": 16},
+    "mixtral": {"num_key_value_heads": 8, "head_dim": 16},
+}
+
+
+@pytest.mark.parametrize("model_type", LEFT_OUT)
+def test_a_config_that_was_saved_again_has_the_same_fingerprint(model_type: str) -> None:
+    stated = {**BASE_CONFIG, "model_type": model_type, **LEFT_OUT[model_type]}
+    short = {name: value for name, value in stated.items() if name not in LEFT_OUT[model_type]}
+    null = {**short, "head_dim": None}
+    fingerprint = BaseModel("x", stated).fingerprint
+    assert fingerprint == BaseModel("x", short).fingerprint == BaseModel("x", null).fingerprint
+    assert fingerprint != BaseModel("x", {**stated, "head_dim": 32}).fingerprint
+    assert fingerprint != BaseModel("x", {**stated, "num_key_value_heads": 1}).fingerprint
+
+
+def test_a_vision_language_config_that_was_saved_again_has_the_same_fingerprint() -> None:
+    """As google/gemma-3-4b-it, which leaves out most; and Qwen2-VL, whose numbers were at the top once."""
+    short = {"model_type": "gemma3", "text_config": {"hidden_size": 48, "num_hidden_layers": 1}}
+    usual = {"num_attention_heads": 8, "num_key_value_heads": 4, "head_dim": 256, "intermediate_size": 9216}
+    text = {**short["text_config"], **usual, "vocab_size": 262_208, "model_type": "gemma3_text"}  # type: ignore[dict-item]
+    assert BaseModel("x", short).fingerprint == BaseModel("x", {**short, "text_config": text}).fingerprint
+    numbers = {name: value for name, value in BASE_CONFIG.items() if name != "model_type"}
+    flat, nested = {"model_type": "qwen2_vl", **numbers}, {"model_type": "qwen2_vl", "text_config": numbers}
+    assert BaseModel("x", flat).fingerprint == BaseModel("x", nested).fingerprint
+
+
+def test_an_unknown_architecture_has_a_fingerprint_of_its_config() -> None:
+    one, other = ({"model_type": "mamba", "hidden_size": size} for size in (64, 128))
+    assert BaseModel("x", one).fingerprint == BaseModel("y", {**one, "_name_or_path": "z"}).fingerprint
+    assert BaseModel("x", one).fingerprint != BaseModel("x", other).fingerprint
+
+
 def test_the_public_name_is_never_a_path(base_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert read_base_model(str(base_folder)).public_name == "base"
     monkeypatch.chdir(base_folder)

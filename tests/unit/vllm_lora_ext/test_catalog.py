@@ -22,11 +22,14 @@ from vllm_lora_ext.errors import (
     StateUnreadable,
     StoreFailed,
     VersionDamaged,
+    VersionMissing,
 )
+from vllm_lora_ext.files import lock_file
 from vllm_lora_ext.inspection import Rules
 from vllm_lora_ext.publishing import judge_published, publish
 from vllm_lora_ext.records import Entry
 from vllm_lora_ext.sources import AdapterSource
+from vllm_lora_ext.store import AdapterStore
 
 MakeAdapter = Callable[..., Path]
 RULES = Rules(BaseModel("base", BASE_CONFIG))
@@ -89,8 +92,10 @@ def test_a_name_that_looks_like_another_is_refused(put: Callable[..., Entry]) ->
 def test_rollback_and_back_again(catalog: Catalog, put: Callable[..., Entry]) -> None:
     first, second = put("a", 16).live, put("a", 32).live
     assert catalog.rollback("a").digest == first
-    assert catalog.rollback("a").digest == second
-    assert catalog.rollback("a", first[:8]).digest == first
+    with pytest.raises(AdapterUnknown, match="no earlier version"):
+        catalog.rollback("a")
+    assert catalog.rollback("a", second[:8]).digest == second
+    assert catalog.rollback("a").digest == first
     assert reopened(catalog).resolve("a").digest == first
     assert [event.what for event in catalog.entry("a").history] == ["publish"] * 2 + ["rollback"] * 3
 
@@ -101,6 +106,8 @@ def test_rollback_says_what_there_is(catalog: Catalog, put: Callable[..., Entry]
         catalog.rollback("a")
     with pytest.raises(AdapterUnknown, match="no version of a"):
         catalog.rollback("a", "0000")
+    with pytest.raises(AdapterUnknown, match="too short"):
+        catalog.rollback("a", "0")
     with pytest.raises(AdapterUnknown, match="There is: a"):
         catalog.rollback("b")
 
@@ -151,6 +158,43 @@ def test_a_leased_version_is_not_collected(catalog: Catalog, put: Callable[..., 
         assert catalog.collect() == []
         assert version.folder.is_dir()
     assert catalog.collect() == [digest]
+
+
+def test_a_lease_that_comes_while_a_version_is_collected_is_refused(
+    catalog: Catalog, put: Callable[..., Entry], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Not granted for something that is gone a moment later."""
+    digest, store = put("a", 16).live, catalog.store
+    catalog.remove(["a"])
+    granted = []
+    upstream = AdapterStore._discard
+
+    def discard(self: AdapterStore, which: str) -> None:
+        file = (store.root / which / "version.json").open("rb")
+        granted.append(lock_file(file.fileno(), shared=True))
+        upstream(self, which)
+
+    monkeypatch.setattr(AdapterStore, "_discard", discard)
+    assert catalog.collect() == [digest]
+    assert granted == [False]
+    with pytest.raises(VersionMissing), store.lease(digest):
+        pass
+
+
+def test_what_was_fetched_by_a_process_that_died_is_swept(tmp_path: Path) -> None:
+    left = tmp_path / "state" / "incoming" / "x"
+    left.mkdir(parents=True)
+    (left / "adapter_model.safetensors").write_bytes(b"half")
+    Catalog(tmp_path / "state").close()
+    assert not left.exists()
+
+
+def test_a_change_that_fails_in_the_middle_is_none(catalog: Catalog, put: Callable[..., Entry]) -> None:
+    put("a", 16)
+    with pytest.raises(AdapterUnknown), catalog.together():
+        put("b", 32)
+        catalog.remove(["nobody"])
+    assert catalog.names() == ["a"] and reopened(catalog).names() == ["a"]
 
 
 def test_a_second_writer_is_refused_and_readers_are_not(catalog: Catalog, put: Callable[..., Entry]) -> None:

@@ -13,13 +13,14 @@ import pytest
 
 from tests.conftest import BASE_CONFIG, lora_tensors
 from vllm_lora_ext import files
+from vllm_lora_ext import inbox as inbox_module
 from vllm_lora_ext.base_model import BaseModel
 from vllm_lora_ext.catalog import Catalog
 from vllm_lora_ext.errors import BadSetting
 from vllm_lora_ext.inbox import Inbox, Item
 from vllm_lora_ext.inspection import Inspection, Rules
 from vllm_lora_ext.publishing import publish
-from vllm_lora_ext.sources import AdapterSource, find_sources, stated_module
+from vllm_lora_ext.sources import AdapterSource, find_sources, name_and_place, stated_module
 
 MakeAdapter = Callable[..., Path]
 RULES = Rules(BaseModel("base", BASE_CONFIG))
@@ -216,6 +217,130 @@ def test_when_the_source_breaks_nothing_that_serves_is_touched(
     assert list(fleet.catalog.store.root.iterdir()) == [fleet.catalog.store.root / first]
 
 
+def test_what_is_written_after_the_look_is_news(fleet: Fleet, make_adapter: MakeAdapter) -> None:
+    """Between judging a folder and noting it somebody may replace it."""
+    folder = make_adapter("a")
+    inbox = Inbox(fleet.catalog, RULES)
+    items = inbox.scan(find_sources([str(fleet.folder)]))
+    outcomes = list(inbox._outcomes(items))
+    rewrite(folder)
+    assert inbox._publish_all(outcomes, None)
+    first = fleet.live("a")
+    (item,) = fleet.restart()
+    assert item.is_pending and fleet.live("a") != first
+
+
+@pytest.mark.parametrize("cause", ["twin", "crowd", "checksum", "command"])
+def test_a_refusal_whose_cause_lies_elsewhere_is_looked_at_again(
+    cause: str, fleet: Fleet, make_adapter: MakeAdapter, tmp_path: Path
+) -> None:
+    folder = make_adapter("b")
+    if cause == "twin":
+        shutil.copytree(make_adapter("other/x"), fleet.folder / "A")
+        shutil.copytree(folder, fleet.folder / "a")
+        undo = [lambda: shutil.rmtree(fleet.folder / "A")]
+    elif cause == "crowd":
+        for number in range(10_001):
+            (folder / str(number)).touch()
+        undo = [lambda: [path.unlink() for path in folder.iterdir() if path.name.isdigit()]]
+    elif cause == "checksum":
+        (folder / "identity.json").write_text('{"files": {"chat_template.jinja": "0"}}')
+        undo = [lambda: (folder / "identity.json").unlink()]
+    else:
+        publish(AdapterSource("B", str(folder)), fleet.catalog, RULES)
+        undo = [lambda: fleet.catalog.remove(["B"])]
+    name = "a" if cause == "twin" else "b"
+    fleet.restart()
+    assert name not in fleet.catalog.names()
+    for step in undo:
+        step()
+    fleet.restart()
+    assert name in fleet.catalog.names()
+
+
+def test_whatever_one_folder_does_the_others_are_taken(
+    fleet: Fleet, make_adapter: MakeAdapter, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for number, name in enumerate(("a", "look", "admit", "z"), start=1):
+        make_adapter(name, lora_alpha=number)
+    os.mkdir(os.fsencode(fleet.folder) + b"/\xff")  # noqa: PTH102  no text can name it
+    (fleet.folder / "\x1b[31mred").mkdir()
+    look, take = inbox_module.inspect_adapter, inbox_module.admit
+
+    def failing(upstream: Callable[..., object], bad: str) -> Callable[..., object]:
+        def call(path: Path, *rest: object, **named: object) -> object:
+            if path.name == bad:
+                raise RuntimeError("a flaw of ours")
+            return upstream(path, *rest, **named)
+
+        return call
+
+    monkeypatch.setattr(inbox_module, "inspect_adapter", failing(look, "look"))
+    monkeypatch.setattr(inbox_module, "admit", failing(take, "admit"))
+    fleet.restart()
+    assert fleet.catalog.names() == ["a", "z"]
+    assert fleet.inspections["look"].findings[0].code == "internal_error"
+    assert fleet.inspections["admit"].findings[0].code == "internal_error"
+    monkeypatch.undo()
+    fleet.restart()
+    assert fleet.catalog.names() == ["a", "admit", "look", "z"]
+
+
+def test_when_the_state_cannot_be_saved_it_is_tried_again(
+    fleet: Fleet, make_adapter: MakeAdapter, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    make_adapter("a"), make_adapter("b", lora_alpha=4)
+    monkeypatch.setattr(inbox_module, "_SAVE_EVERY_S", 0.0)
+    upstream, failures = Catalog._write, iter([True, False, False])
+
+    def write(self: Catalog, state: object) -> None:
+        if next(failures, False):
+            raise OSError(28, "No space left on device")
+        upstream(self, state)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(Catalog, "_write", write)
+    fleet.restart()
+    assert fleet.catalog.names() == ["a", "b"]
+
+
+def test_a_folder_that_cannot_be_listed_retires_nobody(
+    fleet: Fleet, make_adapter: MakeAdapter, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    make_adapter("a")
+    fleet.restart()
+
+    def denied(self: Path) -> object:
+        raise PermissionError(13, "Permission denied")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "iterdir", denied)
+        with pytest.raises(BadSetting, match="cannot be looked into"):
+            find_sources([str(fleet.folder)])
+    assert fleet.catalog.names() == ["a"]
+
+
+def test_the_same_folder_by_another_way_is_the_same(
+    fleet: Fleet, make_adapter: MakeAdapter, tmp_path: Path
+) -> None:
+    make_adapter("a")
+    fleet.restart()
+    fleet.catalog.remove(["a"])
+    (tmp_path / "link").symlink_to(fleet.folder)
+    inbox = Inbox(fleet.catalog, RULES)
+    assert [item.is_pending for item in inbox.scan(find_sources([str(tmp_path / "link")]))] == [False]
+
+
+def test_a_url_that_failed_is_tried_again(fleet: Fleet, make_adapter: MakeAdapter) -> None:
+    source = AdapterSource("remote", "memory://later")
+    inbox = Inbox(fleet.catalog, RULES)
+    inbox.take_all(inbox.scan([source]))
+    assert fleet.catalog.names() == []
+    in_memory(make_adapter("a"), "later")
+    inbox.take_all(inbox.scan([source]))
+    assert fleet.catalog.names() == ["remote"]
+    assert [item.is_pending for item in inbox.scan([source])] == [False]
+
+
 def test_names_of_two_parts_are_folders_of_folders(fleet: Fleet, make_adapter: MakeAdapter) -> None:
     make_adapter("org/one"), make_adapter("org/two", lora_alpha=4), make_adapter("小李", lora_alpha=5)
     shutil.copytree(fleet.folder / "小李", fleet.folder / "小李" / "checkpoint-5")
@@ -253,3 +378,18 @@ def test_vllms_own_module_paths_may_be_hub_ids(tmp_path: Path) -> None:
     assert stated_module("x", str(tmp_path), {}).folder == tmp_path
     assert find_sources(["x=hf://org/adapter@v1"]) == [AdapterSource("x", "hf://org/adapter@v1")]
     assert find_sources(["hf://org/adapter@v1"]) == [AdapterSource("adapter", "hf://org/adapter@v1")]
+    assert find_sources(["hf://org/adapter@refs/pr/1"])[0].name == "adapter"
+
+
+@pytest.mark.parametrize(
+    ("value", "place"),
+    [("hf://org/x", (None, "hf://org/x")), ("n=s3://b/a", ("n", "s3://b/a")), ("n=/a/b", ("n", "/a/b"))],
+)
+def test_a_value_says_a_name_and_a_place(value: str, place: tuple[str | None, str]) -> None:
+    assert name_and_place(value) == place
+
+
+def test_a_home_folder_is_a_place(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "adapters").mkdir()
+    assert name_and_place("~/adapters") == (None, str(tmp_path / "adapters"))

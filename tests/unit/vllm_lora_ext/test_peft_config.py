@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from typing import Any
 
 import pytest
@@ -11,7 +12,8 @@ from peft import LoraConfig
 from peft.tuners.tuners_utils import check_target_module_exists
 from peft.utils.other import get_pattern_key
 
-from vllm_lora_ext.peft_config import LiteralPattern, resolve_pattern, untargeted
+from vllm_lora_ext.peft_config import LiteralPattern, judge_config, judge_patterns, resolve_pattern
+from vllm_lora_ext.targeting import untargeted
 
 MODULES = [
     f"model.layers.{layer}.{name}"
@@ -46,10 +48,42 @@ def test_a_pattern_means_what_it_means_in_peft(pattern: dict[str, int]) -> None:
         assert resolved.get(module) == as_peft(pattern, module) == literal.value_of(module)
 
 
-def test_a_pattern_that_would_take_seconds_is_told() -> None:
-    modules = [f"model.layers.{i}.x" for i in range(2000)]
-    with pytest.raises(ValueError, match="too much"):
-        resolve_pattern(dict.fromkeys(modules, 1), modules)
+@pytest.mark.parametrize(
+    ("keys", "modules"),
+    [
+        (
+            [f"layers.{i}.m{j}" for i in range(80) for j in range(7)],
+            [(i, j) for i in range(80) for j in range(7)],
+        ),
+        ([f"m{j}" for j in range(7)], [(i, j) for i in range(10_430) for j in range(7)]),
+        (["|".join(f"x{i}" for i in range(40_000)) + "|m1"], [(i, 1) for i in range(5000)]),
+    ],
+    ids=["EVA on 80 layers", "73,000 modules", "40,000 names in a key"],
+)
+def test_many_names_and_modules_take_no_time(keys: list[str], modules: list[tuple[int, int]]) -> None:
+    names = [f"model.layers.{layer}.m{module}" for layer, module in modules]
+    pattern = dict(zip(keys, range(1, 1000), strict=False))
+    assert judge_patterns({"rank_pattern": pattern}) == []
+    started = time.process_time()
+    resolved = resolve_pattern(pattern, names)
+    assert time.process_time() - started < 1.0, "work that an attacker chooses has a bound"
+    assert set(resolved) == set(names)
+    assert resolved[names[0]] == 1
+
+
+@pytest.mark.parametrize("targets", [None, []])
+def test_parameters_alone_may_be_targeted(targets: list[str] | None) -> None:
+    config = {"peft_type": "LORA", "r": 8, "lora_alpha": 8, "target_modules": targets}
+    assert judge_config({**config, "target_parameters": ["mlp.experts.down_proj"]}) == []
+    assert {finding.code for finding in judge_config(config)} == {"target_modules_invalid"}
+
+
+def test_an_expression_that_takes_its_time_has_it_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not a little for every module: there may be fifty thousand."""
+    modules = [f"model.layers.{i}.{'a' * 22}" for i in range(20_000)]
+    started = time.process_time()
+    assert untargeted({"target_modules": r"(\w|\.)+(a|a){9}(a|a)*x|.*"}, modules) == []
+    assert time.process_time() - started < 1.0
 
 
 @pytest.mark.parametrize(
