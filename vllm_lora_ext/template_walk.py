@@ -160,9 +160,7 @@ class TemplateWalk(MacroWalk):
         else:
             path = (*(over.path or (self._new_name("?"),)), star)
             goes_down = scope.element is None or path[: len(scope.element)] == scope.element
-            long = max(1, over.power, self._growth.power(over.holds))  # a list may be longer than the request
-            times = long if not goes_down or not scope.nested else 0
-            inner = replace(inner, element=path, nested=scope.nested + times)
+            inner = replace(inner, element=path, nested=scope.nested + (not goes_down or not scope.nested))
         if inner.repeats > MAX_LITERAL:
             rule = f"loops over literals more than {MAX_LITERAL:,} times"
             raise ConstructRefused(node.lineno, rule, "Loop over messages or tools.")

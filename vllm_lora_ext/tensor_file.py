@@ -17,9 +17,9 @@ from vllm_lora_ext.files import RegularFile
 from vllm_lora_ext.spec import TensorSpec
 from vllm_lora_ext.strict_json import JsonRefused, Pairs, parse_object, without_duplicates
 
-# The library takes headers of up to 100 MB. A mixture of 48 layers with 128 experts has 37,000 tensors,
-# in 5 MB, and more would keep us busy for a second.
-MAX_HEADER_BYTES, MAX_TENSORS = 16 << 20, 40_000
+# The library takes headers of up to 100 MB. A mixture of 48 layers with 128 experts has 37,000 tensors in
+# 5 MB, which take a second to go through; the largest that are known have 90,000.
+MAX_HEADER_BYTES, MAX_TENSORS = 16 << 20, 100_000
 MAX_NAME, _MAX_PARTS = 512, 32  # honest names have 80 characters and 13 parts
 _MAX_DOTS = 16 * MAX_TENSORS  # in all names together
 ITEM_BYTES = {

@@ -84,7 +84,7 @@ def cramped(
 
 
 def test_a_large_folder_does_not_hold_up_readiness(cramped: ServerProcess) -> None:
-    """Runs first: the adapter is still being read when the server is ready, and is served once it is there."""
+    """Runs first: the adapter is still being read when the server is ready, and is served later."""
     ready = httpx.get(f"{cramped.url}/ready").json()
     assert ready["adapters"] == ["chat", "lost"]
     deadline = time.monotonic() + 300
