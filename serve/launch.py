@@ -97,7 +97,7 @@ def prepare_environment() -> None:
     # working folder first, and find a user's serve.py there.
     os.environ.setdefault("PYTHONSAFEPATH", "1")
     # A process that is forked while a thread of ours works could inherit a lock that nobody opens again.
-    os.environ.setdefault("VLLM_WORKER_MULTIPROCESSING_METHOD", "spawn")
+    os.environ.setdefault("VLLM_WORKER_MULTIPROC_METHOD", "spawn")
 
 
 def usable_cores() -> int:

@@ -32,6 +32,7 @@ PREFIX = "base_model.model."
 _PICKLES = ("adapter_model.bin", "adapter_model.pt")
 MAX_CONFIG_BYTES = 1 << 20
 MAX_WEIGHTS_BYTES = 16 << 30
+_MAX_PARTS = 4  # of a name, which is how deep a folder of adapters is looked through
 _MAX_ENTRIES = 10_000  # files and folders beside the adapter's
 _COPY_AGAIN = "Copy it again, or save the adapter with PEFT again."
 
@@ -67,8 +68,8 @@ def _may_exist(path: Path, follow_links: bool = True) -> bool:
 def adapter_folders(directory: Path) -> dict[str, Path]:
     """Name -> folder of the adapters of a directory: itself if it is one, else its visible folders.
 
-    A folder that is no adapter and holds adapters gives names of two parts, `org/name`; one that cannot be
-    looked into counts as an adapter, which is then refused.
+    A folder that is no adapter and holds adapters gives names of several parts, `org/name`; one that cannot
+    be looked into counts as an adapter, which is then refused.
 
     Raises:
         OSError: `directory` itself cannot be listed, which is not the same as being empty.
@@ -78,11 +79,8 @@ def adapter_folders(directory: Path) -> dict[str, Path]:
         return {public_name(directory): directory}
     found = {}
     for folder in folders:
-        inner = [] if is_adapter_folder(folder) else _inner_adapters(folder)
-        if inner:
-            found.update({f"{public_name(folder)}/{public_name(adapter)}": adapter for adapter in inner})
-        else:
-            found[public_name(folder)] = folder
+        inner = {} if is_adapter_folder(folder) else _inner_adapters(folder, _MAX_PARTS - 1)
+        found.update(inner or {public_name(folder): folder})
     return found
 
 
@@ -99,11 +97,19 @@ def public_name(folder: Path) -> str:
     return unicodedata.normalize("NFC", name)
 
 
-def _inner_adapters(folder: Path) -> list[Path]:
+def _inner_adapters(folder: Path, depth: int) -> dict[str, Path]:
+    """The adapters below a folder that is none, with its name before theirs."""
     try:
-        return [inner for inner in _visible_folders(folder) if is_adapter_folder(inner)]
+        below = _visible_folders(folder)
     except OSError:
-        return []
+        return {}
+    found: dict[str, Path] = {}
+    for inner in below:
+        if is_adapter_folder(inner):
+            found[public_name(inner)] = inner
+        elif depth > 1:
+            found.update(_inner_adapters(inner, depth - 1))
+    return {f"{public_name(folder)}/{name}": adapter for name, adapter in found.items()}
 
 
 def _visible_folders(directory: Path) -> list[Path]:

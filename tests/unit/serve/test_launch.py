@@ -22,7 +22,10 @@ from vllm_lora_ext.errors import BadSetting, MissingPackage, PortInUse
 def own_environment() -> Iterator[None]:
     """What a test sets in the environment is gone after it."""
     before = dict(os.environ)
-    for name in ("VLLM_PLUGINS", "VLLM_CPU_NUM_OF_RESERVED_CPU", "PYTHONSAFEPATH"):
+    for name in (
+        *("VLLM_PLUGINS", "VLLM_CPU_NUM_OF_RESERVED_CPU", "PYTHONSAFEPATH"),
+        "VLLM_WORKER_MULTIPROC_METHOD",
+    ):
         os.environ.pop(name, None)
     yield
     os.environ.clear()
@@ -40,6 +43,15 @@ def test_without_a_list_everything_that_loads_by_itself_still_does() -> None:
     assert "vllm_lora" in os.environ["VLLM_PLUGINS"].split(",")
     if importlib.util.find_spec("vllm"):
         assert "lora_filesystem_resolver" in os.environ["VLLM_PLUGINS"].split(",")
+
+
+def test_vllm_knows_every_setting_that_we_make_for_it() -> None:
+    """It warns of those that it does not know, and they would be without effect."""
+    envs = pytest.importorskip("vllm.envs", reason="vLLM is not installed")
+    before = set(os.environ)
+    launch.prepare_environment()
+    made = {name for name in set(os.environ) - before if name.startswith("VLLM_")}
+    assert made and made <= set(envs.environment_variables)
 
 
 def test_what_the_user_set_stays(monkeypatch: pytest.MonkeyPatch) -> None:

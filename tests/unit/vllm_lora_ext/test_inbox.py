@@ -345,7 +345,9 @@ def test_names_of_two_parts_are_folders_of_folders(fleet: Fleet, make_adapter: M
     make_adapter("org/one"), make_adapter("org/two", lora_alpha=4), make_adapter("小李", lora_alpha=5)
     shutil.copytree(fleet.folder / "小李", fleet.folder / "小李" / "checkpoint-5")
     fleet.restart()
-    assert fleet.catalog.names() == ["org/one", "org/two", "小李"]
+    shutil.copytree(fleet.folder / "小李", fleet.folder / "a" / "b" / "c")
+    fleet.restart()
+    assert fleet.catalog.names() == ["a/b/c", "org/one", "org/two", "小李"]
 
 
 def in_memory(folder: Path, bucket: str) -> str:
