@@ -122,9 +122,9 @@ class Inbox:
         """
         finished: list[tuple[Item, _Outcome]] = []
         saved = time.monotonic()
-        for item, outcome in self._outcomes([item for item in items if item.is_pending]):
-            finished.append((item, outcome))
-            if time.monotonic() - saved > _SAVE_EVERY_S:
+        for outcomes in self._outcomes([item for item in items if item.is_pending]):
+            finished += outcomes
+            if finished and time.monotonic() - saved > _SAVE_EVERY_S:
                 if self._publish_all(finished, done):
                     finished = []
                 saved = time.monotonic()
@@ -135,8 +135,11 @@ class Inbox:
         """Let `take_all` end after what it is at; the rest is taken the next time."""
         self._stopped.set()
 
-    def _outcomes(self, pending: Sequence[Item]) -> Iterator[tuple[Item, _Outcome]]:
-        """What became of each item, as they come: a large one keeps nobody waiting."""
+    def _outcomes(self, pending: Sequence[Item]) -> Iterator[list[tuple[Item, _Outcome]]]:
+        """What became of the items, as they come: a large one keeps nobody waiting.
+
+        Now and then an empty list, so that what came before can be saved.
+        """
         waiting = iter(pending)
         running: dict[Future[_Outcome], Item] = {}
         with ThreadPoolExecutor(_WORKERS, "adapter-intake", initializer=lower_priority) as pool:
@@ -148,8 +151,8 @@ class Inbox:
                     running[pool.submit(self._admit, item)] = item
                 if not running:
                     return
-                for future in wait(running, return_when=FIRST_COMPLETED).done:
-                    yield running.pop(future), future.result()
+                done = wait(running, _SAVE_EVERY_S, FIRST_COMPLETED).done
+                yield [(running.pop(future), future.result()) for future in done]
 
     def _admit(self, item: Item) -> _Outcome:
         """What became of it; what the quick look refused is not read again."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -222,7 +223,7 @@ def test_what_is_written_after_the_look_is_news(fleet: Fleet, make_adapter: Make
     folder = make_adapter("a")
     inbox = Inbox(fleet.catalog, RULES)
     items = inbox.scan(find_sources([str(fleet.folder)]))
-    outcomes = list(inbox._outcomes(items))
+    outcomes = [outcome for some in inbox._outcomes(items) for outcome in some]
     rewrite(folder)
     assert inbox._publish_all(outcomes, None)
     first = fleet.live("a")
@@ -284,6 +285,25 @@ def test_whatever_one_folder_does_the_others_are_taken(
     monkeypatch.undo()
     fleet.restart()
     assert fleet.catalog.names() == ["a", "admit", "look", "z"]
+
+
+def test_a_slow_source_keeps_nobody_waiting(
+    fleet: Fleet, make_adapter: MakeAdapter, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It comes first, and goes on only once a reader sees the other one."""
+    make_adapter("a"), make_adapter("b", lora_alpha=4)
+    reader, upstream = Catalog(fleet.state_dir, readonly=True), inbox_module.admit
+
+    def admit_slowly(path: Path, *rest: object) -> object:
+        deadline = time.monotonic() + 30
+        while path.name == "a" and reader.names() != ["b"] and time.monotonic() < deadline:
+            time.sleep(0.05)
+            reader.refresh()
+        return upstream(path, *rest)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(inbox_module, "admit", admit_slowly)
+    fleet.restart()
+    assert reader.names() == ["b"] and fleet.catalog.names() == ["a", "b"]
 
 
 def test_when_the_state_cannot_be_saved_it_is_tried_again(
