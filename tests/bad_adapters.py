@@ -356,7 +356,7 @@ BAD_ADAPTERS = [
         ),
         "base_mismatch",
     ),
-    BadAdapter("A21", "the base by another name", config(base_model_name_or_path="/root/x/base"), None),
+    BadAdapter("A21", "the base by another name", config(base_model_name_or_path="/data/x/base"), None),
     BadAdapter("A22", "smaller hidden size", tensors(A=NARROW), "shape_mismatch"),
     BadAdapter("A23", "larger hidden size", tensors(A=WIDE), "shape_mismatch"),
     BadAdapter(

@@ -68,7 +68,7 @@ PEFT_0_21 = {
 def hf_trainer(folder: Path, base: Path) -> Path:
     """`checkpoint-500` of a script around transformers' Trainer, on a machine that is rented by the hour."""
     checkpoint = folder / "checkpoint-500"
-    source = "/root/autodl-tmp/Qwen/Qwen2-0___5B-Instruct"  # ModelScope writes a dot as ___
+    source = "/data/autodl-tmp/Qwen/Qwen2-0___5B-Instruct"  # ModelScope writes a dot as ___
     config = {**_PEFT_0_10, "base_model_name_or_path": source, "lora_alpha": 32, "lora_dropout": 0.1}
     _adapter(checkpoint, config)
     _state(checkpoint, 500)
