@@ -7,10 +7,8 @@ is on the disk before it has its name.
 
 from __future__ import annotations
 
-import contextlib
 import os
 import stat
-import uuid
 from pathlib import Path
 
 CHUNK_BYTES = 1 << 20
@@ -161,23 +159,6 @@ def write_new(path: Path, data: bytes) -> None:
         file.write(data)
         file.flush()
         os.fsync(file.fileno())
-
-
-def replace_file(path: Path, data: bytes) -> None:
-    """Put `data` in place of a file: whoever reads sees the old content or the new one, never a part.
-
-    Raises:
-        OSError: it could not be written; the old content is still there.
-    """
-    partial = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.partial")
-    try:
-        write_new(partial, data)
-        partial.rename(path)
-    except BaseException:
-        with contextlib.suppress(OSError):
-            partial.unlink()
-        raise
-    sync_folder(path.parent)
 
 
 def lock_file(file: int, shared: bool = False, wait: bool = False) -> bool:
