@@ -13,7 +13,7 @@ import sys
 import time
 from typing import Any
 
-from benchmarks.machine import take_precedence
+from serve.machine import take_precedence
 
 
 class Arm:

@@ -26,7 +26,7 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks.machine import describe_machine
+from serve.machine import describe_machine
 from vllm_lora_ext.base_model import BaseModel
 from vllm_lora_ext.catalog import Catalog
 from vllm_lora_ext.inbox import Inbox

@@ -21,7 +21,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks.machine import describe_machine
+from serve.machine import describe_machine
 from vllm_lora_ext.engine import native, slots
 from vllm_lora_ext.engine.slots import LoraModule, Step
 

@@ -29,10 +29,10 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks.machine import describe_machine, take_precedence
 from benchmarks.models import SHAPES, add_tokenizer, make_random_adapter, make_random_base, rank_of_size
 from benchmarks.streams import Streams, Window
 from serve.loadtest.stats import percentile
+from serve.machine import describe_machine, take_precedence
 from serve.process import ServerProcess
 from vllm_lora_ext.errors import ServerFailed
 from vllm_lora_ext.intake import admit

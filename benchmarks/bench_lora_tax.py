@@ -28,8 +28,8 @@ from rich.console import Console
 from rich.table import Table
 from tqdm import tqdm
 
-from benchmarks.machine import describe_machine
 from benchmarks.models import SHAPES, make_random_adapter, make_random_base
+from serve.machine import describe_machine
 
 PLUGIN = "vllm_lora"
 MAX_LORAS = 8

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 from urllib.parse import urlsplit
 
 if TYPE_CHECKING:
+    import httpx2
     import openai
 
 DEFAULT_URL = "http://127.0.0.1:8000"
@@ -27,12 +28,14 @@ def make_client(url: str, timeout_s: float = 120.0) -> openai.OpenAI:
         api_key=_key(),
         max_retries=0,
         timeout=timeout_s,
-        http_client=openai.DefaultHttpxClient(trust_env=_uses_proxy(url)),
+        http_client=openai.DefaultHttpxClient(trust_env=uses_proxy(url)),
     )
 
 
-def make_async_client(url: str, timeout_s: float) -> openai.AsyncOpenAI:
-    """As `make_client`, for many requests at once."""
+def make_async_client(
+    url: str, timeout_s: float, transport: httpx2.AsyncBaseTransport | None = None
+) -> openai.AsyncOpenAI:
+    """As `make_client`, for many requests at once; `transport` in place of the usual one."""
     import openai
 
     return openai.AsyncOpenAI(
@@ -40,7 +43,9 @@ def make_async_client(url: str, timeout_s: float) -> openai.AsyncOpenAI:
         api_key=_key(),
         max_retries=0,
         timeout=timeout_s,
-        http_client=openai.DefaultAsyncHttpxClient(trust_env=_uses_proxy(url)),
+        http_client=openai.DefaultAsyncHttpxClient(
+            trust_env=transport is None and uses_proxy(url), transport=transport
+        ),
     )
 
 
@@ -52,6 +57,6 @@ def _key() -> str:
     return os.environ.get("OPENAI_API_KEY") or "-"
 
 
-def _uses_proxy(url: str) -> bool:
+def uses_proxy(url: str) -> bool:
     """A proxy from the environment is for other machines, never for this one."""
     return urlsplit(url).hostname not in _LOOPBACK

@@ -1,107 +1,174 @@
-"""`vllm-lora loadtest`, or `python -m serve.loadtest`: a closed loop against a running server."""
+"""`vllm-lora loadtest`, or `python -m serve.loadtest`: what a server does with many adapters under load."""
 
 from __future__ import annotations
 
-import argparse
-import asyncio
 import dataclasses
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
-import httpx
-import openai
 from rich.table import Table
-from tqdm import tqdm
 
-from serve.client import make_client, server_url
-from serve.flags import at_least
-from serve.loadtest.client import run_closed_loop
-from serve.loadtest.stats import Percentiles, Summary, summarise_run
-from serve.loadtest.workload import plan_requests
+from serve.loadtest import compare, results
+from serve.loadtest.config import Comparison, LoadTestConfig, read_config
+from serve.loadtest.loadtest import LoadTest, calibrate
+from serve.loadtest.own_cost import ClientLimit
+from serve.loadtest.page import make_page
+from serve.loadtest.pictures import comparison_picture, pictures_of
+from serve.loadtest.processes import INTERRUPTED
+from serve.loadtest.report import (
+    bench_command,
+    run_lines,
+    run_table,
+    sweep_table,
+    victim_lines,
+    victim_table,
+)
+from serve.loadtest.results import LoadTestResult, RunResult
 from serve.screen import screen
-from vllm_lora_ext.errors import ServerFailed, ServerUnreachable
-from vllm_lora_ext.exit_codes import run_command
+from vllm_lora_ext import exit_codes
 
-
-def served_models(url: str) -> list[str]:
-    """Names from `/v1/models`: the base first, then the adapters.
-
-    Raises:
-        ServerUnreachable, ServerFailed: there is no server, or it refuses.
-    """
-    try:
-        return [model.id for model in make_client(url).models.list()]
-    except openai.APIConnectionError as error:
-        fix = "Start one with `vllm-lora serve`, or give --url."
-        raise ServerUnreachable(url, "no server answers", fix) from error
-    except openai.APIStatusError as error:
-        raise ServerFailed(url, f"answers HTTP {error.status_code}", "Is OPENAI_API_KEY set?") from error
-    except (openai.OpenAIError, httpx.HTTPError, ValueError, AttributeError) as error:
-        rule = f"the answer cannot be read ({type(error).__name__})"
-        raise ServerFailed(url, rule, "Is it an OpenAI-compatible server?") from error
-
-
-def report_table(summaries: Sequence[Summary], title: str) -> Table:
-    """One row per model, the whole run last. Times in milliseconds."""
-    table = Table(
-        "model", "done", "errors", "TTFT p50", "p99", "TPOT p50", "p99", "E2EL p50", "p99",
-        "tok/s", "req/s", title=title,
-    )  # fmt: skip
-    for item in summaries:
-        cells = [cell for value in (item.ttft, item.tpot, item.e2el) for cell in _cells(value)]
-        errors = ", ".join(f"{count} x {kind}" for kind, count in item.errors.items()) or "0"
-        rates = f"{item.output_tokens_per_s:.1f}", f"{item.requests_per_s:.2f}"
-        table.add_row(item.name, str(item.completed), errors, *cells, *rates)
-    return table
-
-
-def _cells(value: Percentiles | None) -> tuple[str, str]:
-    return (f"{value.p50_ms:.1f}", f"{value.p99_ms:.1f}") if value else ("-", "-")
+Section = tuple[str, Table | None, Sequence[str]]
 
 
 def main(argv: Sequence[str]) -> int:
-    """Run the load and print the report; 1 when a request failed."""
-    parser = argparse.ArgumentParser(
-        prog="vllm-lora loadtest",
-        description="Closed loop: so many requests in flight, all models in turn.",
-        allow_abbrev=False,
-    )
-    parser.add_argument("--url", default=server_url())
-    parser.add_argument("--models", nargs="+", metavar="NAME", help="default: all that are served")
-    parser.add_argument("--num-requests", type=at_least(1), default=64)
-    parser.add_argument("--max-concurrency", type=at_least(1), default=8)
-    parser.add_argument("--prompt-words", type=at_least(1), default=16)
-    parser.add_argument("--max-tokens", type=at_least(1), default=32)
-    parser.add_argument("--timeout", type=float, default=120.0, help="seconds for one request")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--json", action="store_true", help="print the figures as JSON")
-    args = parser.parse_args(argv)
-    models = args.models or served_models(args.url)
-    requests = plan_requests(models, args.num_requests, args.prompt_words, args.max_tokens, args.seed)
-    with tqdm(total=len(requests), desc="load test", unit="req") as bar:
+    """Measure and report; 1 when a request failed, an answer was wrong, or figures cannot be trusted."""
+    config = read_config(argv)
+    if config.output is not None:
+        results.require_place(config.output, config.overwrite)
+    if isinstance(config, Comparison):
+        return _compare(config)
+    if config.calibrate:
+        return _calibrate(config)
+    test = LoadTest(config)
+    if config.dry_run:
+        return _show_schedule(test)
+    result = test.run()
+    sections = list(_sections(result, test))
+    _print(sections, as_text=not config.json)
+    if config.json:
+        print(results.json_bytes(results.as_json(result, with_requests=False)).decode(), end="")
+    if config.output is not None:
+        pictures = pictures_of(result)
+        settings = {"machine": result.machine, "server": result.server, **result.settings}
+        page = make_page(f"Load test of {config.url}", sections, pictures, settings)
+        body = results.json_bytes(results.as_json(result))
+        files = {results.RESULTS_FILE: body, results.REQUESTS_FILE: results.requests_csv(result)}
+        results.write_folder(config.output, {**files, **pictures, "report.html": page}, config.overwrite)
+        print(f"written: {config.output}/report.html", file=sys.stderr)
+    return _exit_code(result, config)
 
-        def on_done() -> None:
-            bar.update()
 
-        run = run_closed_loop(
-            args.url,
-            requests,
-            args.max_concurrency,
-            args.timeout,
-            on_done,
-        )
-        summaries = summarise_run(asyncio.run(run))
-    if args.json:
-        print(json.dumps([dataclasses.asdict(item) for item in summaries], indent=2))
+def _sections(result: LoadTestResult, test: LoadTest) -> Iterator[Section]:
+    if len(result.runs) > 1:
+        yield "Sweep", sweep_table(result), [f"saturation: {result.saturation}"]
+    for run in result.runs:
+        lines = list(run_lines(run))
+        if len(result.runs) == 1 and test.models.base is not None:
+            command = bench_command(test.config.url, test.models.base, test.models.adapters, run)
+            lines.append(f"nearly the same with vLLM's own client: {command}")
+        yield run.label, run_table(run, _title(run, test.config)), lines
+    if result.victim is not None:
+        yield f"Victim {result.victim.victim}", victim_table(result.victim), list(victim_lines(result.victim))
+    if result.notes:
+        yield "Notes", None, list(result.notes)
+
+
+def _title(run: RunResult, config: LoadTestConfig) -> str:
+    if run.offered_per_s is not None:
+        load = f"{run.offered_per_s:.3g} requests/s offered"
     else:
-        title = (
-            f"{args.num_requests} requests, {args.max_concurrency} in flight, "
-            f"{args.prompt_words} words in, {args.max_tokens} tokens out"
+        load = f"{config.max_concurrency if run.label[:4] != 'conc' else run.level:g} in flight"
+    whole = run.figures.whole
+    per_request = max(1, whole.completed)
+    lengths = (
+        f"{whole.prompt_tokens / per_request:.0f} tokens in, {whole.output_tokens / per_request:.0f} out"
+    )
+    return f"{run.label}: {whole.requests} requests, {run.adapters} adapters, {load}, {lengths}"
+
+
+def _print(sections: Sequence[Section], as_text: bool) -> None:
+    """Tables are data on stdout; where JSON is the data, only what people must see goes to stderr."""
+    out = screen(stderr=not as_text)
+    for _, table, lines in sections:
+        if as_text and table is not None:
+            out.print(table)
+        for line in lines:
+            out.print(line)
+
+
+def _exit_code(result: LoadTestResult, config: LoadTestConfig) -> int:
+    if any(run.ended_early == INTERRUPTED for run in result.runs):
+        return exit_codes.INTERRUPTED
+    failed = any(_failed(run, config) for run in result.runs)
+    victim = result.victim is not None and bool(result.victim.failures or result.victim.errors)
+    early = any(note.startswith("ENDED EARLY") for note in result.notes)
+    return 1 if failed or victim or early else 0
+
+
+def _failed(run: RunResult, config: LoadTestConfig) -> bool:
+    check = run.check
+    lost = check is not None and config.check_max_gap is not None and check.beyond(config.check_max_gap)
+    return bool(
+        run.ended_early
+        or run.client_bound
+        or run.figures.whole.errors
+        or (check is not None and check.wrong)
+        or lost
+        or not all(count.agrees for count in run.counters)
+    )
+
+
+def _calibrate(config: LoadTestConfig) -> int:
+    limit: ClientLimit = calibrate(config.client_processes)
+    if config.json:
+        print(json.dumps(dataclasses.asdict(limit), indent=2))
+    else:
+        screen(stderr=False).print(
+            f"{limit.processes} client process(es): up to {limit.rate_per_s:.0f} requests/s of 16 chunks "
+            f"add less than 5 % to p50 and p99 of TTFT, ITL, TPOT and E2EL; bound by: {limit.bound_by}"
         )
-        screen(stderr=False).print(report_table(summaries, title))
-    return 0 if summaries[-1].completed == args.num_requests else 1
+    return 0 if limit.rate_per_s else 1
+
+
+def _show_schedule(test: LoadTest) -> int:
+    workload = test.workload()
+    count = len(workload.arrivals) if workload.arrivals is not None else test.config.num_prompts or 20
+    requests = [workload.request(index) for index in range(count)]
+    if test.config.json:
+        print(json.dumps([dataclasses.asdict(request) for request in requests], ensure_ascii=False, indent=1))
+        return 0
+    for request in requests:
+        due = "" if request.due_s is None else f"{request.due_s:9.3f} s  "
+        text = str(request.messages[-1]["content"])
+        print(f"{request.index:5}  {due}{request.model}  {request.max_tokens} tokens  {text[:60]!r}")
+    return 0
+
+
+def _compare(config: Comparison) -> int:
+    first, second = results.read_result(config.first), results.read_result(config.second)
+    figures = compare.compare_results(first, second)
+    table = compare.comparison_table(first, second, figures)
+    lines = [f"settings differ: {line}" for line in compare.differing_settings(first, second)]
+    for result in (first, second):
+        bound = [run.label for run in result.runs if run.client_bound]
+        lines += [f"CLIENT-BOUND: {result.name}, {label}" for label in bound]
+    body = compare.comparison_json(figures)
+    _print([("", table, lines)], as_text=not config.json)
+    if config.json:
+        print(results.json_bytes(body).decode(), end="")
+    if config.output is not None:
+        pictures = {"comparison.png": comparison_picture(first, second)}
+        title = f"{second.name} against {first.name}"
+        page = make_page(
+            title, [(title, table, lines)], pictures, {"first": first.settings, "second": second.settings}
+        )
+        comparison = results.json_bytes({"format": results.FORMAT, "comparison": body})
+        files = {results.RESULTS_FILE: comparison, "report.html": page, **pictures}
+        results.write_folder(config.output, files, config.overwrite)
+        print(f"written: {config.output}/report.html", file=sys.stderr)
+    return 0
 
 
 if __name__ == "__main__":
-    sys.exit(run_command(main, sys.argv[1:]))
+    sys.exit(exit_codes.run_command(main, sys.argv[1:]))

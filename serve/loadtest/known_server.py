@@ -1,0 +1,265 @@
+"""A server whose delays are known: it speaks the OpenAI protocol and computes nothing.
+
+The load test asks it to learn what its own client adds to a figure, so it must be on time itself:
+answers are laid out as bytes before they are due, each piece at an absolute time, by a selector
+that waits to the microsecond (epoll, asyncio's default, rounds up to the next millisecond).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import gc
+import json
+import selectors
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+ContentType = str
+_EVENTS = "text/event-stream; charset=utf-8"
+_JSON = "application/json"
+_STAMP = "?" * 32  # as long as what it is replaced by
+_STAMP_BYTES = _STAMP.encode()
+_REASONS = {200: "OK", 400: "Bad Request", 404: "Not Found", 429: "Too Many Requests", 500: "Server Error"}
+
+
+@dataclass(frozen=True)
+class KnownAnswer:
+    """`pieces` leave `first_s` seconds after the request was read, and every `gap_s` seconds from then on.
+
+    Another `status` than 200 is answered at once with `pieces` as the message. After `cut_after` pieces
+    the connection breaks. `logprobs` is what stands in a whole answer's `logprobs.content`. `stamped` puts
+    into each piece of a stream when the request was read and when the piece was written, by
+    `time.monotonic`, which all processes of a machine share.
+    """
+
+    pieces: tuple[str, ...]
+    first_s: float = 0.0
+    gap_s: float = 0.0
+    status: int = 200
+    cut_after: int | None = None
+    logprobs: Sequence[Mapping[str, Any]] | None = None
+    stamped: bool = False
+
+
+AnswerTo = Callable[[Mapping[str, Any]], KnownAnswer]
+
+
+class KnownServer:
+    """Serves `models` on a loopback port; `answer_to` makes the answer to a request's JSON body.
+
+    `pages` are further answers to GET: path -> (content type, text maker).
+    """
+
+    def __init__(
+        self,
+        models: Sequence[Mapping[str, Any]],
+        answer_to: AnswerTo,
+        pages: Mapping[str, tuple[ContentType, Callable[[], str]]] | None = None,
+    ) -> None:
+        listed = json.dumps({"object": "list", "data": [{"object": "model", **model} for model in models]})
+        self.answer_to = answer_to
+        self.pages: dict[str, tuple[ContentType, Callable[[], str]]] = {
+            "/v1/models": (_JSON, lambda: listed),
+            **(pages or {}),
+        }
+        self.port = 0
+        self.connections: set[Connection] = set()
+
+    @property
+    def url(self) -> str:
+        return f"http://127.0.0.1:{self.port}"
+
+    async def start(self) -> asyncio.Server:
+        """Listen; `port` and `url` are known from then on."""
+        loop = asyncio.get_running_loop()
+        listening = await loop.create_server(lambda: Connection(self), "127.0.0.1", 0)
+        self.port = listening.sockets[0].getsockname()[1]
+        return listening
+
+    def break_off(self) -> None:
+        """Cut every connection, as a process that dies does."""
+        for connection in list(self.connections):
+            connection.transport.abort()
+
+    @contextlib.contextmanager
+    def in_thread(self) -> Iterator[KnownServer]:
+        """The server runs in a thread while the context lasts."""
+        loop = asyncio.SelectorEventLoop(selectors.SelectSelector())
+        started = threading.Event()
+
+        async def run() -> None:
+            self._stop = asyncio.Event()
+            async with await self.start():
+                started.set()
+                await self._stop.wait()
+                self.break_off()
+
+        thread = threading.Thread(target=lambda: loop.run_until_complete(run()), daemon=True)
+        thread.start()
+        started.wait()
+        try:
+            yield self
+        finally:
+            loop.call_soon_threadsafe(self._stop.set)
+            thread.join()
+            loop.close()
+
+
+def read_stamps(text: str) -> tuple[float, list[float]]:
+    """When a request was read and its pieces were written, from a stamped answer."""
+    stamps = [tuple(map(float, piece.split(":"))) for piece in text.split()]
+    return stamps[0][0], [written for _, written in stamps]
+
+
+class Connection(asyncio.Protocol):
+    """One client's connection: one request after the other, HTTP/1.1."""
+
+    transport: asyncio.Transport
+
+    def __init__(self, server: KnownServer) -> None:
+        self._server = server
+        self._read = b""
+        self._loop = asyncio.get_running_loop()
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        """asyncio's."""
+        assert isinstance(transport, asyncio.Transport)
+        self.transport = transport
+        self._server.connections.add(self)
+
+    def connection_lost(self, error: Exception | None) -> None:
+        """asyncio's."""
+        self._server.connections.discard(self)
+
+    def data_received(self, data: bytes) -> None:
+        """asyncio's: answer each request that is whole."""
+        now = self._loop.time()
+        self._read += data
+        while True:
+            head, end, rest = self._read.partition(b"\r\n\r\n")
+            length = _content_length(head)
+            if not end or len(rest) < length:
+                return
+            self._read = rest[length:]
+            method, path, *_ = head.split(b" ", 2)
+            self._answer(method.decode(), path.decode(), rest[:length], now)
+
+    def _answer(self, method: str, path: str, body: bytes, now: float) -> None:
+        if method == "GET" and path in self._server.pages:
+            kind, make_text = self._server.pages[path]
+            self._whole(200, kind, make_text())
+        elif method == "POST" and path == "/v1/chat/completions":
+            request = json.loads(body)
+            answer = self._server.answer_to(request)
+            if answer.status != 200:
+                error = {"error": {"message": "".join(answer.pieces), "code": answer.status}}
+                self._whole(answer.status, _JSON, json.dumps(error))
+            elif request.get("stream"):
+                self._stream(request, answer, now)
+            else:
+                last = answer.first_s + answer.gap_s * (len(answer.pieces) - 1)
+                text = json.dumps(_completion(request, answer))
+                self._loop.call_at(now + last, self._whole, 200, _JSON, text)
+        else:
+            self._whole(404, _JSON, json.dumps({"error": {"message": f"no such route: {path}"}}))
+
+    def _write_piece(self, event: bytes, read_s: float) -> None:
+        if _STAMP_BYTES in event:
+            event = event.replace(_STAMP_BYTES, f"{read_s:015.6f}:{time.monotonic():015.6f} ".encode())
+        self.transport.write(event)
+
+    def _whole(self, status: int, kind: ContentType, text: str) -> None:
+        body = text.encode()
+        head = f"HTTP/1.1 {status} {_REASONS[status]}\r\ncontent-type: {kind}\r\n"
+        self.transport.write(f"{head}content-length: {len(body)}\r\n\r\n".encode() + body)
+
+    def _stream(self, request: Mapping[str, Any], answer: KnownAnswer, now: float) -> None:
+        head = f"HTTP/1.1 200 OK\r\ncontent-type: {_EVENTS}\r\ntransfer-encoding: chunked\r\n\r\n".encode()
+        self.transport.write(head)
+        pieces = answer.pieces[: answer.cut_after]
+        for number, piece in enumerate(pieces):
+            due = now + answer.first_s + number * answer.gap_s
+            self._loop.call_at(
+                due, self._write_piece, _piece(request, _STAMP if answer.stamped else piece), now
+            )
+        last = now + answer.first_s + max(0, len(pieces) - 1) * answer.gap_s
+        if answer.cut_after is not None:
+            self._loop.call_at(last + 1e-6, self.transport.abort)
+            return
+        end = [{"index": 0, "delta": {}, "finish_reason": "length"}]
+        events = _event(request, end) + _event(request, [], usage=_usage(request, answer))
+        self._loop.call_at(
+            last + 1e-6, self.transport.write, events + _framed(b"data: [DONE]\n\n") + b"0\r\n\r\n"
+        )
+
+
+def _content_length(head: bytes) -> int:
+    lower = head.lower()
+    mark = b"\r\ncontent-length:"
+    start = lower.find(mark)
+    return int(lower[start + len(mark) :].split(b"\r\n", 1)[0]) if start >= 0 else 0
+
+
+def _framed(data: bytes) -> bytes:
+    return f"{len(data):x}\r\n".encode() + data + b"\r\n"
+
+
+def _piece(request: Mapping[str, Any], text: str) -> bytes:
+    return _event(request, [{"index": 0, "delta": {"content": text}, "finish_reason": None}])
+
+
+def _event(request: Mapping[str, Any], choices: Sequence[Mapping[str, Any]], **more: Any) -> bytes:
+    chunk = {
+        "id": "chatcmpl-known",
+        "object": "chat.completion.chunk",
+        "created": 0,
+        "model": request.get("model"),
+        "choices": choices,
+        **more,
+    }
+    return _framed(f"data: {json.dumps(chunk)}\n\n".encode())
+
+
+def _completion(request: Mapping[str, Any], answer: KnownAnswer) -> dict[str, Any]:
+    choice: dict[str, Any] = {
+        "index": 0,
+        "message": {"role": "assistant", "content": "".join(answer.pieces)},
+        "finish_reason": "length",
+    }
+    if answer.logprobs is not None and request.get("logprobs"):
+        choice["logprobs"] = {"content": answer.logprobs}
+    return {
+        "id": "chatcmpl-known",
+        "object": "chat.completion",
+        "created": 0,
+        "model": request.get("model"),
+        "choices": [choice],
+        "usage": _usage(request, answer),
+    }
+
+
+def _usage(request: Mapping[str, Any], answer: KnownAnswer) -> dict[str, int]:
+    """A word of the prompt is a token, and so is a piece of the answer."""
+    prompt = sum(len(str(message.get("content", "")).split()) for message in request.get("messages", ()))
+    output = len(answer.pieces)
+    return {"prompt_tokens": prompt, "completion_tokens": output, "total_tokens": prompt + output}
+
+
+def main() -> None:
+    """A program: prints its port, serves stamped answers of the given form until stdin ends."""
+    first_s, gap_s, pieces = float(sys.argv[1]), float(sys.argv[2]), int(sys.argv[3])
+    answer = KnownAnswer(("",) * pieces, first_s, gap_s, stamped=True)
+    server = KnownServer([{"id": "known"}], lambda request: answer)
+    gc.freeze()
+    with server.in_thread():
+        print(server.port, flush=True)
+        sys.stdin.read()
+
+
+if __name__ == "__main__":
+    main()

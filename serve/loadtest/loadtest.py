@@ -1,0 +1,318 @@
+"""A load test from its config to its result: prepare, measure each run, judge it."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, replace
+from datetime import UTC, datetime
+from typing import Any
+
+from serve.loadtest.arrivals import arrival_times, constant_rate
+from serve.loadtest.check import QUESTIONS, AloneAnswer, check_answers, record_alone
+from serve.loadtest.client import Exchange, LoadPlan, load_client
+from serve.loadtest.config import LoadTestConfig
+from serve.loadtest.counters import Count, compare_counters, read_counters
+from serve.loadtest.datasets import read_conversations, read_trace
+from serve.loadtest.own_cost import (
+    ClientLimit,
+    OwnCost,
+    client_bound,
+    find_limit,
+    own_cost,
+    remember_limit,
+    remembered_limit,
+)
+from serve.loadtest.popularity import Popularity, make_popularity
+from serve.loadtest.processes import run_load
+from serve.loadtest.progress import load_stage, stage, tell
+from serve.loadtest.records import RequestRecord, RunRecord
+from serve.loadtest.results import LoadTestResult, RunResult
+from serve.loadtest.server_facts import ServedModels, adapter_slots, chosen_models, measure_scale, scrape
+from serve.loadtest.stats import figures_of
+from serve.loadtest.sweep import Point, Saturation, keeping_up, run_sweep
+from serve.loadtest.victim import AskOthers, Disturbance, LoadOthers, VictimPlan, VictimReport, run_victim
+from serve.loadtest.workload import Prompt, TokenScale, Workload
+from serve.machine import describe_machine
+from vllm_lora_ext.errors import AdapterUnknown, BadSetting, VllmLoraError
+
+_BUSY = 0.4  # of a core; below that no client here was ever found at its limit
+
+
+class LoadTest:
+    """Everything that one call measures, against one server.
+
+    Raises (on construction):
+        ServerUnreachable, ServerFailed, AdapterUnknown, BadSetting, BadData: before any load is sent.
+    """
+
+    def __init__(self, config: LoadTestConfig) -> None:
+        self.config = config
+        self.prompts = _prompts_of(config)
+        self.models: ServedModels = chosen_models(config.url, config.models)
+        self.scale, takes_ignore_eos = TokenScale(), True
+        self._notes: list[str] = []
+        if not config.dry_run:
+            self.scale, takes_ignore_eos = measure_scale(config.url, self.models.names[0])
+        if config.ignore_eos and not takes_ignore_eos:
+            self._notes.append("the server does not take ignore_eos: answers may be shorter than asked for")
+        _require_models(self.models, config, self.prompts)
+        extra = {"ignore_eos": True} if config.ignore_eos and takes_ignore_eos else {}
+        self.sampling: dict[str, Any] = {"temperature": 0.0, "extra_body": extra}
+        self._limit = remembered_limit(config.client_processes)
+        self._warm: set[str] = set()
+        self._alone: dict[str, list[AloneAnswer]] = {}
+        self._runs: list[RunResult] = []
+
+    def run(self) -> LoadTestResult:
+        """Measure; a server that fails or Ctrl+C in the middle keeps what was measured before."""
+        started = datetime.now(UTC).isoformat(timespec="seconds")
+        saturation: Saturation | None = None
+        victim: VictimReport | None = None
+        if self.config.victim is not None:
+            victim = self._disturb(self.config.victim)
+        elif self.config.sweep is None:
+            self._measure("run", self.workload(), self.config.max_concurrency)
+        else:
+            most = float(len(self.models.adapters)) if self.config.sweep.what == "adapters" else None
+            saturation = run_sweep(self.config.sweep, self._level, most)
+        return LoadTestResult(
+            settings=asdict(self.config),
+            machine=describe_machine(),
+            server={
+                "url": self.config.url,
+                "base_model": self.models.base,
+                "adapters": len(self.models.adapters),
+                "adapter_slots": self._slots(),
+            },
+            started=started,
+            runs=tuple(self._runs),
+            sweep=self.config.sweep.what if self.config.sweep else None,
+            saturation=saturation,
+            victim=victim,
+            limit=self._limit,
+            notes=tuple(self._notes),
+        )
+
+    def workload(self, adapters: int | None = None, rate_per_s: float | None = None) -> Workload:
+        """What is asked: of the first so many adapters, at so many requests a second; None as configured."""
+        config = self.config
+        popularity = make_popularity(
+            self.models.adapters[:adapters],
+            self.models.base,
+            config.distribution,
+            config.zipf_alpha,
+            config.weights,
+            config.base_share,
+        )
+        ramp = config.ramp if rate_per_s is None else constant_rate(rate_per_s)
+        arrivals: Sequence[float] | None = None
+        if config.trace is not None:
+            arrivals = [prompt.due_s or 0.0 for prompt in self.prompts[: config.num_prompts]]
+        elif ramp is not None:
+            count = config.num_prompts or max(1, int((config.duration_s or 0.0) / ramp.duration_s(1)))
+            arrivals = arrival_times(ramp, count, config.burstiness, config.seed)
+        return Workload(
+            popularity=popularity,
+            input_length=config.input_length,
+            output_length=config.output_length,
+            seed=config.seed,
+            arrivals=arrivals,
+            prompts=self.prompts,
+            pool=min(config.check_prompts, len(self.prompts)) if config.check else None,
+            scale=self.scale,
+        )
+
+    def _level(self, level: float) -> Point | None:
+        sweep = self.config.sweep
+        assert sweep is not None
+        concurrency = int(level) if sweep.what == "concurrency" else self.config.max_concurrency
+        workload = self.workload(
+            adapters=int(level) if sweep.what == "adapters" else None,
+            rate_per_s=level if sweep.what == "rate" else None,
+        )
+        try:
+            result = self._measure(f"{sweep.what}={level:.4g}", workload, concurrency, level)
+        except VllmLoraError as error:
+            if not self._runs:
+                raise
+            self._notes.append(f"ENDED EARLY: {error}")
+            return None
+        except KeyboardInterrupt:
+            self._notes.append(f"ENDED EARLY: interrupted at {sweep.what}={level:.4g}")
+            return None
+        whole = result.figures.whole
+        point = Point(
+            level,
+            whole.output_tokens_per_s,
+            errors=whole.requests - whole.completed,
+            offered_per_s=result.offered_per_s,
+            kept_up=keeping_up([record for record in result.run.records if record.error is None]),
+        )
+        return None if result.ended_early else point
+
+    def _measure(
+        self, label: str, workload: Workload, concurrency: int | None, level: float | None = None
+    ) -> RunResult:
+        config = self.config
+        warmup = self._warm_up(workload.popularity, workload)
+        alone = self._record_alone(workload) if config.check else []
+        before = read_counters(config.url, scrape(config.url)) if config.prometheus else None
+        plan = LoadPlan(
+            url=config.url,
+            workload=workload,
+            requests=len(workload.arrivals) if workload.arrivals is not None else config.num_prompts,
+            duration_s=config.duration_s,
+            max_concurrency=concurrency,
+            timeout_s=config.timeout_s,
+            sampling=self.sampling,
+            keep_text=config.check,
+        )
+        with load_stage(label, plan.requests) as on_record:
+            run = run_load(plan, config.client_processes, on_record)
+        counters: tuple[Count, ...] = ()
+        if before is not None and not run.ended_early:
+            after = _settled_counters(config.url, before, run.records)
+            counters = tuple(compare_counters(before, after, run.records))
+        cost = own_cost(run)
+        result = RunResult(
+            label=label,
+            run=run,
+            warmup=warmup,
+            figures=figures_of(run.records, self.models.base, warmup, self._slots(), config.goodput),
+            cost=cost,
+            client_bound=tuple(self._client_bound(run, cost, concurrency is not None)),
+            shares=_shares(workload.popularity),
+            adapters=sum(name != self.models.base for name in workload.popularity.models),
+            level=level,
+            offered_per_s=_offered(workload),
+            check=check_answers(run.records, alone) if config.check else None,
+            counters=counters,
+        )
+        self._runs.append(result)
+        return result
+
+    def _client_bound(self, run: RunRecord, cost: OwnCost, capped: bool) -> list[str]:
+        """Where the client was busy its limit has to be known; it is found then, once for this machine."""
+        if self._limit is None and cost.busiest_share > _BUSY:
+            tell("this client was busy: finding its limit, once for this machine (half a minute)")
+            self._limit = calibrate(self.config.client_processes)
+        return client_bound(run, cost, self._limit, capped)
+
+    def _warm_up(self, popularity: Popularity, workload: Workload) -> tuple[RequestRecord, ...]:
+        names = [name for name in popularity.models if name not in self._warm]
+        count = self.config.warmup * len(names)
+        if not count:
+            return ()
+        with stage("warm-up", count) as step:
+            records = asyncio.run(
+                self._ask_in_turn([name for name in names for _ in range(self.config.warmup)], workload, step)
+            )
+        self._warm.update(names)
+        for record in records:
+            if record.error is not None:
+                self._notes.append(f"warm-up of {record.model}: {record.error} {record.detail}".rstrip())
+        return tuple(records)
+
+    async def _ask_in_turn(self, names: Sequence[str], workload: Workload, step: Any) -> list[RequestRecord]:
+        records = []
+        start = time.monotonic()
+        async with load_client(self.config.url, self.config.timeout_s) as (client, _):
+            for index, name in enumerate(names):
+                request = replace(workload.ask(index, name, index), model=name)
+                exchange = Exchange(request, start, keep_text=False)
+                await exchange.run(client, self.sampling, self.config.timeout_s)
+                records.append(exchange.record())
+                step()
+        return records
+
+    def _record_alone(self, workload: Workload) -> list[AloneAnswer]:
+        new = [name for name in workload.popularity.models if name not in self._alone]
+        requests = [workload.ask(number, "") for number in range(workload.pool or 0)]
+        if new:
+            with stage("answers alone", len(new) * len(requests)) as step:
+                answers = record_alone(
+                    self.config.url, new, requests, self.sampling, self.config.timeout_s, step
+                )
+            for answer in answers:
+                self._alone.setdefault(answer.model, []).append(answer)
+        return [answer for name in workload.popularity.models for answer in self._alone[name]]
+
+    def _disturb(self, victim: str) -> VictimReport:
+        config = self.config
+        others = [name for name in self.models.adapters if name != victim]
+        disturbance: Disturbance
+        if config.victim_load:
+            disturbance = LoadOthers(config.url, config.victim_load)
+        elif len(others) < 2:
+            fix = "Serve more adapters, or name folders with --victim-load."
+            raise BadSetting("--victim", f"needs two other adapters, {len(others)} are served", fix)
+        else:
+            disturbance = AskOthers(others)
+        workload = replace(self.workload(), arrivals=None)
+        plan = VictimPlan(
+            url=config.url,
+            victim=victim,
+            requests=lambda index: workload.ask(index, victim, index),
+            sampling=self.sampling,
+            streams=config.victim_streams,
+            rounds=config.victim_rounds,
+            window_s=config.victim_window_s,
+            timeout_s=config.timeout_s,
+        )
+        with stage(f"victim {victim}", 2 * config.victim_rounds) as step:
+            return run_victim(plan, disturbance, step)
+
+    def _slots(self) -> int | None:
+        return self.config.slots or adapter_slots(self.config.url)
+
+
+def calibrate(processes: int) -> ClientLimit:
+    """Find the client's limit on this machine, with a line for each rate that is tried, and remember it."""
+    limit = find_limit(processes, lambda level: tell(f"  {level}"))
+    remember_limit(limit)
+    return limit
+
+
+def _prompts_of(config: LoadTestConfig) -> Sequence[Prompt]:
+    if config.trace is not None:
+        return tuple(read_trace(config.trace, config.trace_speed))
+    if config.dataset is not None:
+        return tuple(read_conversations(config.dataset))
+    return QUESTIONS[: config.check_prompts] if config.check else ()
+
+
+def _require_models(models: ServedModels, config: LoadTestConfig, prompts: Sequence[Prompt]) -> None:
+    named = {prompt.model for prompt in prompts if prompt.model is not None}
+    if config.victim is not None:
+        named.add(config.victim)
+    if strangers := named - set(models.names):
+        known = ", ".join(models.names[:20])
+        raise AdapterUnknown(min(strangers), "the server has no model of that name", f"Served are: {known}.")
+    sweep = config.sweep
+    if sweep is not None and sweep.what == "adapters" and sweep.levels[-1] > len(models.adapters):
+        rule = f"asks for {sweep.levels[-1]:g} adapters, {len(models.adapters)} are served"
+        raise BadSetting("--sweep adapters=", rule, "Serve more of them, or ask for fewer.")
+
+
+def _shares(popularity: Popularity) -> dict[str, float]:
+    return dict(zip(popularity.models, popularity.shares, strict=True))
+
+
+def _offered(workload: Workload) -> float | None:
+    if not workload.arrivals:
+        return None
+    return len(workload.arrivals) / workload.arrivals[-1] if workload.arrivals[-1] > 0 else None
+
+
+def _settled_counters(
+    url: str, before: dict[str, float], records: Sequence[RequestRecord]
+) -> dict[str, float]:
+    """The counters once they stand still: a server counts a request a moment after its last byte."""
+    for _ in range(20):
+        after = read_counters(url, scrape(url))
+        if all(count.agrees for count in compare_counters(before, after, records)):
+            break
+        time.sleep(0.1)
+    return after

@@ -1,0 +1,207 @@
+"""What a person reads on the terminal: tables, and plain words for what went wrong."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+
+from rich.table import Table
+
+from serve.loadtest.check import CheckReport, Verdict
+from serve.loadtest.results import LoadTestResult, RunResult
+from serve.loadtest.stats import Percentiles, Summary
+from serve.loadtest.victim import VictimReport
+
+_MOST_ROWS = 24
+_EXAMPLES = 3
+_NEAR_TIE = 1.0  # nats; rounding in bfloat16 moves a log-probability by tenths
+
+
+def run_table(run: RunResult, title: str) -> Table:
+    """One row per model, then the groups, the whole run last. Times in milliseconds."""
+    with_goodput = run.figures.whole.goodput_per_s is not None
+    table = Table(
+        "model", "done", "errors", "TTFT p50", "p90", "p99", "ITL p50", "p99", "TPOT p50", "p99",
+        "E2EL p50", "p99", "tok/s", "req/s", *(["good/s"] if with_goodput else []), title=title,
+    )  # fmt: skip
+    figures = run.figures
+    models = sorted(figures.models, key=lambda item: -item.requests)
+    shown = models if len(models) <= _MOST_ROWS else models[:_MOST_ROWS]
+    for item in shown:
+        table.add_row(*_cells(item, with_goodput))
+    if len(shown) < len(models):
+        table.add_row(f"... {len(models) - len(shown)} more (all in --output or --json)")
+    table.add_section()
+    groups = [figures.base if figures.adapters else None, figures.adapters if figures.base else None]
+    for group in (*groups, figures.cold, figures.warm if figures.cold else None, figures.whole):
+        if group is not None:
+            table.add_row(*_cells(group, with_goodput))
+    return table
+
+
+def run_lines(run: RunResult) -> Iterator[str]:
+    """What the table does not say, most important last."""
+    figures = run.figures
+    if figures.cold is not None:
+        yield "cold: the adapter had to be fetched, as far as a client can tell; the warm-up's are among them"
+    if (fair := figures.fairness) is not None:
+        yield (
+            f"fairness over {fair.adapters} adapters: Jain index {fair.jain_index:.3f} of the speed that "
+            f"requests get; median TTFT of the worst ({fair.worst}) {fair.worst_ttft_ms:.1f} ms, "
+            f"{fair.worst_to_median:.2f} times the median adapter's"
+        )
+    if (share := figures.base_share) is not None and figures.adapters is not None:
+        yield (
+            f"base model against adapters: {share.requests_percent:.1f} % against "
+            f"{100 - share.requests_percent:.1f} % of the requests, {share.output_tokens_percent:.1f} % "
+            f"against {100 - share.output_tokens_percent:.1f} % of the output tokens"
+        )
+    cost = run.cost
+    lag = "" if cost.lag_p99_ms is None else f", requests left {cost.lag_p99_ms:.1f} ms late (p99)"
+    clock = "the kernel's clock" if cost.clock == "kernel" else "the client's own clock"
+    yield (
+        f"this client: {cost.cpu_ms_per_request:.1f} ms of CPU per request, busiest process "
+        f"{cost.busiest_share:.0%} of a core{lag}; times by {clock}"
+    )
+    for record_kind, detail in _first_details(run):
+        yield f"{record_kind}: {detail}"
+    if run.check is not None:
+        yield from check_lines(run.check)
+    for count in run.counters:
+        word = "agree" if count.agrees else "DIFFER"
+        yield f"counters {word}: {count.what}: server {count.server}, client {count.client}"
+    for reason in run.client_bound:
+        fix = "these are the client's figures, not the server's. Try --client-processes."
+        yield f"CLIENT-BOUND: {reason}; {fix}"
+    if run.ended_early:
+        planned = "" if run.run.planned is None else f" of {run.run.planned} planned"
+        yield f"ENDED EARLY ({run.ended_early}): {figures.whole.requests}{planned} requests were measured"
+
+
+def check_lines(check: CheckReport) -> Iterator[str]:
+    """What the check found, with both texts of each wrong answer that is shown."""
+    known = [verdict.gap for verdict in check.changed if verdict.gap is not None]
+    gaps = f", largest gap {max(known):.2f} nats" if known else ""
+    yield (
+        f"check: {check.compared} answers compared, {check.same} same, {len(check.changed)} changed{gaps}, "
+        f"{len(check.wrong)} of a wrong identity"
+    )
+    for one, other in check.undistinguished[:_EXAMPLES]:
+        yield f"check: {one} and {other} answer every question alike: nobody can tell them apart"
+    for verdict in sorted(check.changed, key=lambda verdict: -(verdict.gap or 0.0))[:_EXAMPLES]:
+        yield f"changed: {_difference(verdict)}"
+    if beyond := len(check.beyond(_NEAR_TIE)):
+        yield f"changed: {beyond} of them by more than {_NEAR_TIE:g} nat, which is no near tie: ask why"
+    for verdict in check.wrong[:_EXAMPLES]:
+        yield f"WRONG IDENTITY: request {verdict.index} to {verdict.model} was answered as {verdict.other}"
+        yield f"  answer: {verdict.answer!r}"
+        yield f"  alone:  {verdict.alone!r}"
+    if len(check.wrong) > _EXAMPLES:
+        yield f"  ... and {len(check.wrong) - _EXAMPLES} more (all in --output or --json)"
+
+
+def sweep_table(result: LoadTestResult) -> Table:
+    """One row per level, side by side."""
+    what = result.sweep or "run"
+    table = Table(
+        what, "done", "errors", "TTFT p50", "p99", "ITL p50", "p99", "TPOT p50", "E2EL p50", "p99",
+        "tok/s", "req/s", "Jain", "changed", "wrong", "marks", title=f"sweep over {what}",
+    )  # fmt: skip
+    for run in sorted(result.runs, key=lambda run: run.level or 0.0):
+        item = run.figures.whole
+        fair = run.figures.fairness
+        marks = [
+            *(["client-bound"] if run.client_bound else []),
+            *(["ended early"] if run.ended_early else []),
+        ]
+        table.add_row(
+            f"{run.level:g}",
+            str(item.completed),
+            _errors(item),
+            *_pair(item.ttft),
+            *_pair(item.itl),
+            _pair(item.tpot)[0],
+            *_pair(item.e2el),
+            f"{item.output_tokens_per_s:.1f}",
+            f"{item.requests_per_s:.2f}",
+            f"{fair.jain_index:.3f}" if fair else "-",
+            str(len(run.check.changed)) if run.check else "-",
+            str(len(run.check.wrong)) if run.check else "-",
+            ", ".join(marks),
+        )
+    return table
+
+
+def victim_table(report: VictimReport) -> Table:
+    """The victim's time between tokens, quiet and disturbed."""
+    table = Table(
+        "between tokens", "quiet", "disturbed", "change, 95 % interval", title=f"victim: {report.victim}"
+    )
+    rows = (
+        ("p50 ms", report.quiet_p50_ms, report.disturbed_p50_ms, report.p50),
+        ("p99 ms", report.quiet_p99_ms, report.disturbed_p99_ms, report.p99),
+    )
+    for name, quiet, disturbed, ratio in rows:
+        table.add_row(name, _number(quiet), _number(disturbed), str(ratio) if ratio else "-")
+    return table
+
+
+def victim_lines(report: VictimReport) -> Iterator[str]:
+    """How it was disturbed, and what went wrong."""
+    took = [seconds for window in report.windows if window.disturbed for seconds in window.disturbances_s]
+    mean = f", {1e3 * sum(took) / len(took):.0f} ms each" if took else ""
+    yield f"{report.how}: {len(took)} disturbances{mean}, {report.intervals} intervals between tokens"
+    if report.errors:
+        yield f"the victim's streams: {report.errors} requests failed"
+    for failure in report.failures:
+        yield f"ENDED EARLY: {failure}"
+
+
+def bench_command(settings_url: str, base: str, adapters: Sequence[str], run: RunResult) -> str:
+    """A `vllm bench serve` call that asks nearly the same, to compare figures with."""
+    parts = ["vllm bench serve", f"--base-url {settings_url}", f"--model {base}", "--backend openai-chat"]
+    parts += ["--endpoint /v1/chat/completions", f"--num-prompts {run.run.planned or len(run.run.records)}"]
+    if run.offered_per_s is not None:
+        parts.append(f"--request-rate {run.offered_per_s:g}")
+    if adapters:
+        parts.append(f"--lora-modules {' '.join(adapters)}")
+    return " ".join(parts)
+
+
+def _cells(item: Summary, with_goodput: bool) -> list[str]:
+    cells = [item.name, str(item.completed), _errors(item)]
+    ttft = item.ttft
+    cells += [_number(ttft.p50_ms), _number(ttft.p90_ms), _number(ttft.p99_ms)] if ttft else ["-"] * 3
+    for value in (item.itl, item.tpot, item.e2el):
+        cells += _pair(value)
+    cells += [f"{item.output_tokens_per_s:.1f}", f"{item.requests_per_s:.2f}"]
+    return [*cells, f"{item.goodput_per_s:.2f}"] if with_goodput else cells
+
+
+def _pair(value: Percentiles | None) -> tuple[str, str]:
+    return (_number(value.p50_ms), _number(value.p99_ms)) if value else ("-", "-")
+
+
+def _number(value: float) -> str:
+    return "-" if math.isnan(value) else f"{value:.1f}"
+
+
+def _errors(item: Summary) -> str:
+    return ", ".join(f"{count} x {kind}" for kind, count in item.errors.items()) or "0"
+
+
+def _first_details(run: RunResult) -> Iterator[tuple[str, str]]:
+    seen: set[str] = set()
+    for record in run.run.records:
+        if record.error and record.detail and record.error not in seen:
+            seen.add(record.error)
+            yield record.error, record.detail
+
+
+def _difference(verdict: Verdict) -> str:
+    where = "" if verdict.position is None else f" at token {verdict.position}"
+    least = "at least " if verdict.gap_is_least else ""
+    gap = "gap not known" if verdict.gap is None else f"gap {least}{verdict.gap:.3f} nats"
+    return (
+        f"{verdict.model}, request {verdict.index}{where}: {verdict.token!r} for {verdict.expected!r}, {gap}"
+    )
