@@ -18,6 +18,7 @@ from serve.loadtest.pictures import comparison_picture, pictures_of
 from serve.loadtest.processes import INTERRUPTED
 from serve.loadtest.report import (
     bench_command,
+    is_loud,
     run_lines,
     run_table,
     sweep_table,
@@ -45,9 +46,6 @@ def main(argv: Sequence[str]) -> int:
         return _show_schedule(test)
     result = test.run()
     sections = list(_sections(result, test))
-    _print(sections, as_text=not config.json)
-    if config.json:
-        print(results.json_bytes(results.as_json(result, with_requests=False)).decode(), end="")
     if config.output is not None:
         pictures = pictures_of(result)
         settings = {"machine": result.machine, "server": result.server, **result.settings}
@@ -56,6 +54,9 @@ def main(argv: Sequence[str]) -> int:
         files = {results.RESULTS_FILE: body, results.REQUESTS_FILE: results.requests_csv(result)}
         results.write_folder(config.output, {**files, **pictures, "report.html": page}, config.overwrite)
         print(f"written: {config.output}/report.html", file=sys.stderr)
+    _print(_short(sections) if len(result.runs) > 1 else sections, as_text=not config.json)
+    if config.json:
+        print(results.json_bytes(results.as_json(result, with_requests=False)).decode(), end="")
     return _exit_code(result, config)
 
 
@@ -72,6 +73,13 @@ def _sections(result: LoadTestResult, test: LoadTest) -> Iterator[Section]:
         yield f"Victim {result.victim.victim}", victim_table(result.victim), list(victim_lines(result.victim))
     if result.notes:
         yield "Notes", None, list(result.notes)
+
+
+def _short(sections: Sequence[Section]) -> list[Section]:
+    """Of the runs of a sweep only what must not be missed; the rest is on the page."""
+    first, *others = sections
+    loud = [(name, None, [f"{name}: {line}" for line in lines if is_loud(line)]) for name, _, lines in others]
+    return [first, *loud]
 
 
 def _title(run: RunResult, config: LoadTestConfig) -> str:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import gc
+import itertools
 import json
 import selectors
 import sys
@@ -251,10 +252,15 @@ def _usage(request: Mapping[str, Any], answer: KnownAnswer) -> dict[str, int]:
 
 
 def main() -> None:
-    """A program: prints its port, serves stamped answers of the given form until stdin ends."""
-    first_s, gap_s, pieces = float(sys.argv[1]), float(sys.argv[2]), int(sys.argv[3])
-    answer = KnownAnswer(("",) * pieces, first_s, gap_s, stamped=True)
-    server = KnownServer([{"id": "known"}], lambda request: answer)
+    """A program: prints its port, gives stamped answers in turn until stdin ends.
+
+    Its argument is a JSON list of answers, each [seconds to the first piece, between pieces, pieces].
+    """
+    answers = itertools.cycle(
+        KnownAnswer(("",) * pieces, first_s, gap_s, stamped=True)
+        for first_s, gap_s, pieces in json.loads(sys.argv[1])
+    )
+    server = KnownServer([{"id": "known"}], lambda request: next(answers))
     gc.freeze()
     with server.in_thread():
         print(server.port, flush=True)

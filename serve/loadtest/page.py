@@ -13,6 +13,8 @@ import jinja2
 from rich.console import Console
 from rich.table import Table
 
+from serve.loadtest.report import is_loud
+
 _PAGE = "page.html"  # beside this file
 
 
@@ -32,7 +34,7 @@ def make_page(
                 "title": name,
                 "columns": [str(column.header) for column in table.columns] if table else [],
                 "rows": _rows(table) if table else [],
-                "lines": [{"text": line, "bad": _is_loud(line)} for line in lines],
+                "lines": [{"text": line, "bad": is_loud(line)} for line in lines],
             }
             for name, table, lines in sections
         ],
@@ -52,8 +54,3 @@ def _rows(table: Table) -> list[dict[str, Any]]:
         }
         for row, cells in zip(table.rows, zip(*columns, strict=True), strict=True)
     ]
-
-
-def _is_loud(line: str) -> bool:
-    """The report writes what must not be missed in capitals."""
-    return line.split(":")[0].split("(")[0].strip().isupper() or " DIFFER" in line

@@ -8,6 +8,7 @@ import warnings
 from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
+from serve.loadtest.records import RequestRecord
 from serve.loadtest.results import LoadTestResult, RunResult, SavedResult
 from serve.loadtest.stats import split_cold, values_of
 
@@ -17,6 +18,7 @@ if TYPE_CHECKING:
 
 _FONTS = ["DejaVu Sans", "Noto Sans CJK SC", "Noto Sans CJK JP", "WenQuanYi Zen Hei"]
 _DPI = 110
+_WIDTH = {1: 6.2, 2: 6.2, 3: 4.6}  # inches of a panel
 _MOST_BARS = 40
 _BLUE, _ORANGE, _GREEN, _RED, _GREY = "#2f6fb3", "#e0812b", "#3a9a5b", "#c43c3c", "#8a8a8a"
 _AXES = {
@@ -36,9 +38,7 @@ def pictures_of(result: LoadTestResult) -> dict[str, bytes]:
         made[f"{name}.png"] = _draw(1, 2, lambda axes: _sweep(result, axes))
     if result.runs:
         run = result.runs[-1]
-        made["ttft.png"] = _draw(
-            1, 1, lambda axes: _ttft(result.runs, result.server.get("base_model"), axes[0])
-        )
+        made["ttft.png"] = _draw(1, 1, lambda axes: _ttft(result, axes[0]))
         made["popularity.png"] = _draw(1, 1, lambda axes: _popularity(run, axes[0]))
         made["timeline.png"] = _draw(1, 1, lambda axes: _timeline(run, axes[0]))
     if result.victim is not None:
@@ -59,11 +59,11 @@ def _draw(rows: int, columns: int, fill: Callable[[list[Axes]], None]) -> bytes:
 
     known = set(font_manager.fontManager.get_font_names())
     fonts = [name for name in _FONTS if name in known] or ["sans-serif"]
-    settings: Any = {"font.family": fonts, "axes.grid": True, "grid.alpha": 0.3}
+    settings: Any = {"font.family": fonts, "axes.grid": True, "grid.alpha": 0.3, "axes.axisbelow": True}
     with matplotlib.rc_context(settings), warnings.catch_warnings():
         # a name in a script that no font here has is drawn as boxes, which is no news to anybody
         warnings.filterwarnings("ignore", message=".*[Gg]lyph.*")
-        figure: Figure = Figure(figsize=(6.2 * columns, 4.2 * rows), layout="constrained")
+        figure: Figure = Figure(figsize=(_WIDTH[columns] * columns, 4.2 * rows), layout="constrained")
         fill(list(figure.subplots(rows, columns, squeeze=False).flat))
         body = io.BytesIO()
         figure.savefig(body, format="png", dpi=_DPI, metadata={"Software": None})
@@ -101,18 +101,26 @@ def _sweep(result: LoadTestResult, axes: list[Axes]) -> None:
             )
 
 
-def _ttft(runs: Sequence[RunResult], base: Any, axes: Axes) -> None:
-    records = [[*run.warmup, *run.run.records] for run in runs]
-    slots = None  # an adapter's first request; what had to be fetched later is in the table
-    cold, warm = split_cold([record for own in records for record in own], base, slots)
-    of_base = [record for own in records for record in own if record.model == base]
+def _ttft(result: LoadTestResult, axes: Axes) -> None:
+    base, slots = result.server["base_model"], result.server["adapter_slots"]
+    cold: list[RequestRecord] = []
+    warm: list[RequestRecord] = []
+    of_base: list[RequestRecord] = []
+    for run in result.runs:
+        records = [*run.warmup, *run.run.records]
+        of_base += [record for record in records if record.model == base]
+        for group, some in zip((cold, warm), split_cold(records, base, slots), strict=True):
+            group += some
     for name, some, color in (("cold", cold, _ORANGE), ("warm", warm, _BLUE), ("base model", of_base, _GREY)):
         values = sorted(1e3 * value for value in values_of(some, "ttft"))
         if values:
             shares = [(place + 1) / len(values) for place in range(len(values))]
             axes.step(values, shares, where="post", color=color, label=f"{name} ({len(values)})")
-    axes.set(title="time to first token, first requests (cold) and later ones (warm)", xscale="log")
+    axes.set(title="time to first token: adapter to be fetched (cold) or there (warm)", xscale="log")
     axes.set(xlabel="milliseconds", ylabel="share of requests", ylim=(0, 1.02))
+    axes.xaxis.set_major_formatter("{x:g}")
+    axes.xaxis.set_minor_formatter("{x:g}")
+    axes.tick_params(axis="x", which="both", rotation=30)
     if axes.lines:
         axes.legend()
 

@@ -78,6 +78,11 @@ def run_lines(run: RunResult) -> Iterator[str]:
         yield f"ENDED EARLY ({run.ended_early}): {figures.whole.requests}{planned} requests were measured"
 
 
+def is_loud(line: str) -> bool:
+    """Whether a line must not be missed: those begin with, or hold, a word in capitals."""
+    return line.split(":")[0].split("(")[0].strip().isupper() or " DIFFER" in line
+
+
 def check_lines(check: CheckReport) -> Iterator[str]:
     """What the check found, with both texts of each wrong answer that is shown."""
     known = [verdict.gap for verdict in check.changed if verdict.gap is not None]
@@ -105,15 +110,11 @@ def sweep_table(result: LoadTestResult) -> Table:
     what = result.sweep or "run"
     table = Table(
         what, "done", "errors", "TTFT p50", "p99", "ITL p50", "p99", "TPOT p50", "E2EL p50", "p99",
-        "tok/s", "req/s", "Jain", "changed", "wrong", "marks", title=f"sweep over {what}",
+        "tok/s", "req/s", "Jain", "changed", "wrong", "", title=f"sweep over {what}",
     )  # fmt: skip
     for run in sorted(result.runs, key=lambda run: run.level or 0.0):
         item = run.figures.whole
         fair = run.figures.fairness
-        marks = [
-            *(["client-bound"] if run.client_bound else []),
-            *(["ended early"] if run.ended_early else []),
-        ]
         table.add_row(
             f"{run.level:g}",
             str(item.completed),
@@ -127,7 +128,7 @@ def sweep_table(result: LoadTestResult) -> Table:
             f"{fair.jain_index:.3f}" if fair else "-",
             str(len(run.check.changed)) if run.check else "-",
             str(len(run.check.wrong)) if run.check else "-",
-            ", ".join(marks),
+            "!" if run.client_bound or run.ended_early else "",
         )
     return table
 

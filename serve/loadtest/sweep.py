@@ -78,17 +78,17 @@ def parse_sweep(text: str) -> Sweep:
 
 
 def keeping_up(records: Sequence[RequestRecord]) -> float:
-    """The rate at which answers came over the rate at which requests left: 1 when no queue grows.
+    """The rate at which answers came over the rate at which requests were due: 1 when no queue grows.
 
     Both are taken over the middle 90 % of the events, so that neither the first answer nor the last counts.
     """
     if len(records) < 3:
         return 1.0
-    sent = sorted(record.sent_s for record in records)
+    due = sorted(record.sent_s if record.due_s is None else record.due_s for record in records)
     done = sorted(record.done_s for record in records)
     cut = len(records) // 20
     first, last = cut, len(records) - 1 - cut
-    return min(1.0, (sent[last] - sent[first]) / max(1e-9, done[last] - done[first]))
+    return min(1.0, (due[last] - due[first]) / max(1e-9, done[last] - done[first]))
 
 
 def saturation_of(what: What, points: Sequence[Point]) -> Saturation:
