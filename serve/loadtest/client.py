@@ -130,6 +130,7 @@ class ShareRunner:
         self._on_record = on_record
         self._start = 0.0
         self._failed_in_a_row = 0
+        self._time_is_up = False
         self.server_gone = False
         self.stop = asyncio.Event()
 
@@ -173,11 +174,10 @@ class ShareRunner:
         if not working.cancelled() and (error := working.exception()) is not None:
             raise error
 
-    _time_is_up = False
-
     def _own(self) -> Iterator[PlannedRequest]:
         index = self._share
-        while (self._plan.requests is None or index < self._plan.requests) and not self._time_is_up:
+        limit = self._plan.requests
+        while (limit is None or index < limit) and not self._time_is_up and not self.stop.is_set():
             yield self._plan.workload.request(index)
             index += self._shares
 

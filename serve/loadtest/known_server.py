@@ -23,6 +23,7 @@ from typing import Any
 ContentType = str
 _EVENTS = "text/event-stream; charset=utf-8"
 _JSON = "application/json"
+_ORDER_S = 1e-6  # the loop does not keep the order of what is due at one moment
 _STAMP = "?" * 32  # as long as what it is replaced by
 _STAMP_BYTES = _STAMP.encode()
 _REASONS = {200: "OK", 400: "Bad Request", 404: "Not Found", 429: "Too Many Requests", 500: "Server Error"}
@@ -82,10 +83,9 @@ class KnownServer:
         self.port = listening.sockets[0].getsockname()[1]
         return listening
 
-    def break_off(self) -> None:
-        """Cut every connection, as a process that dies does."""
-        for connection in list(self.connections):
-            connection.transport.abort()
+    def die(self) -> None:
+        """From another thread: stop listening and cut every connection, as a process that dies does."""
+        self._loop.call_soon_threadsafe(self._stop.set)
 
     @contextlib.contextmanager
     def in_thread(self) -> Iterator[KnownServer]:
@@ -94,11 +94,13 @@ class KnownServer:
         started = threading.Event()
 
         async def run() -> None:
-            self._stop = asyncio.Event()
-            async with await self.start():
+            self._loop, self._stop = loop, asyncio.Event()
+            async with await self.start() as listening:
                 started.set()
                 await self._stop.wait()
-                self.break_off()
+                listening.close()
+                for connection in list(self.connections):
+                    connection.transport.abort()
 
         thread = threading.Thread(target=lambda: loop.run_until_complete(run()), daemon=True)
         thread.start()
@@ -106,7 +108,8 @@ class KnownServer:
         try:
             yield self
         finally:
-            loop.call_soon_threadsafe(self._stop.set)
+            with contextlib.suppress(RuntimeError):  # it has died before
+                self.die()
             thread.join()
             loop.close()
 
@@ -183,20 +186,19 @@ class Connection(asyncio.Protocol):
         head = f"HTTP/1.1 200 OK\r\ncontent-type: {_EVENTS}\r\ntransfer-encoding: chunked\r\n\r\n".encode()
         self.transport.write(head)
         pieces = answer.pieces[: answer.cut_after]
+        gap_s = max(answer.gap_s, _ORDER_S)
         for number, piece in enumerate(pieces):
-            due = now + answer.first_s + number * answer.gap_s
+            due = now + answer.first_s + number * gap_s
             self._loop.call_at(
                 due, self._write_piece, _piece(request, _STAMP if answer.stamped else piece), now
             )
-        last = now + answer.first_s + max(0, len(pieces) - 1) * answer.gap_s
+        end_s = now + answer.first_s + max(0, len(pieces) - 1) * gap_s + _ORDER_S
         if answer.cut_after is not None:
-            self._loop.call_at(last + 1e-6, self.transport.abort)
+            self._loop.call_at(end_s, self.transport.abort)
             return
         end = [{"index": 0, "delta": {}, "finish_reason": "length"}]
         events = _event(request, end) + _event(request, [], usage=_usage(request, answer))
-        self._loop.call_at(
-            last + 1e-6, self.transport.write, events + _framed(b"data: [DONE]\n\n") + b"0\r\n\r\n"
-        )
+        self._loop.call_at(end_s, self.transport.write, events + _framed(b"data: [DONE]\n\n") + b"0\r\n\r\n")
 
 
 def _content_length(head: bytes) -> int:

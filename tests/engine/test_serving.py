@@ -146,13 +146,47 @@ def test_local_chat_answers_as_the_server_does(adapters: Path, client: openai.Op
 
 
 def test_the_load_test_measures_each_model(server: ServerProcess, capsys: pytest.CaptureFixture[str]) -> None:
-    flags = ["--url", server.url, "--num-requests", "16", "--max-concurrency", "4", "--max-tokens", "8"]
+    flags = ["--url", server.url, "--num-prompts", "16", "--max-concurrency", "4", "--output-len", "8"]
+    flags += ["--lora-request-distribution", "distinct"]
     assert main(["loadtest", *flags, "--json"]) == 0
     report = json.loads(capsys.readouterr().out)
-    assert [row["name"] for row in report] == ["chat", "classic", "second", BASE, "all"]
-    assert [row["completed"] for row in report] == [4, 4, 4, 4, 16]
-    assert all(row["errors"] == {} and row["ttft"]["p50_ms"] > 0 for row in report)
-    assert report[-1]["output_tokens_per_s"] > 0
+    figures = report["runs"][0]["figures"]
+    assert [row["name"] for row in figures["models"]] == ["chat", "classic", "second", BASE]
+    assert [row["completed"] for row in figures["models"]] == [4, 4, 4, 4]
+    assert all(row["errors"] == {} and row["ttft"]["p50_ms"] > 0 for row in figures["models"])
+    assert figures["whole"]["output_tokens"] == 16 * 8, "answers have the length that was asked for"
+    assert report["server"] == {
+        "url": server.url,
+        "base_model": BASE,
+        "adapters": 3,
+        "adapter_slots": 3,
+    }
+
+
+def test_every_identity_stays_itself_under_load_and_the_server_counts_what_we_count(
+    server: ServerProcess, capsys: pytest.CaptureFixture[str]
+) -> None:
+    flags = ["--url", server.url, "--num-prompts", "64", "--max-concurrency", "16", "--check", "--prometheus"]
+    assert main(["loadtest", *flags]) == 0
+    out = capsys.readouterr().out
+    assert "64 answers compared" in out and " 0 of a wrong identity" in out
+    assert "chat and second answer every question alike" in out, "they are one adapter by two names"
+    assert out.count("counters agree") == 3
+
+
+def test_a_victim_s_streams_go_on_while_others_are_asked(
+    server: ServerProcess, capsys: pytest.CaptureFixture[str]
+) -> None:
+    flags = ["--victim", "chat", "--victim-rounds", "2", "--victim-window", "1"]
+    assert main(["loadtest", "--url", server.url, *flags]) == 0
+    assert "2 other adapters asked in turn" in capsys.readouterr().out
+
+
+def test_a_name_that_is_not_served_is_told_before_any_load(
+    server: ServerProcess, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["loadtest", "--url", server.url, "--models", "clasic"]) == 2
+    assert "Did you mean classic?" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("change", [{"model": "../adapters/chat"}, {"messages": 3}, {"n": -1}])

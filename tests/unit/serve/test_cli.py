@@ -89,7 +89,7 @@ def test_no_server_is_a_failure_that_says_what_to_start(
     assert "vllm-lora serve" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("flag", ["--max-concurrency", "--num-requests", "--prompt-words", "--max-tokens"])
+@pytest.mark.parametrize("flag", ["--max-concurrency", "--num-requests", "--input-len", "--max-tokens"])
 def test_a_load_of_nothing_is_bad_input(flag: str) -> None:
     with pytest.raises(SystemExit) as ended:
         main(["loadtest", flag, "0"])
