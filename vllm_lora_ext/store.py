@@ -116,14 +116,29 @@ class AdapterStore:
         failpoint("store.written")
         hold = self._hold_whole(digest)
         if hold is None:
-            hold = _held(staging.folder)
-            _make_read_only(staging.folder)
-            self._discard(digest)  # a damaged one gives way
-            staging.folder.rename(self.root / digest)
-            failpoint("store.renamed")
-            sync_folder(self.root)
+            with self._naming():  # two folders of one content: the second finds the first's version
+                hold = self._hold_whole(digest) or self._give_name(staging, digest)
         failpoint("store.synced")
         return replace(self.open(digest), hold=hold)
+
+    def _give_name(self, staging: Staging, digest: str) -> BinaryIO:
+        hold = _held(staging.folder)
+        _make_read_only(staging.folder)
+        self._discard(digest)  # a damaged one gives way
+        staging.folder.rename(self.root / digest)
+        failpoint("store.renamed")
+        sync_folder(self.root)
+        return hold
+
+    @contextmanager
+    def _naming(self) -> Iterator[None]:
+        """One at a time gives names, over all threads and processes."""
+        folder = os.open(self.root, os.O_RDONLY | os.O_DIRECTORY)
+        try:
+            lock_file(folder, wait=True)
+            yield
+        finally:
+            os.close(folder)
 
     def has(self, digest: str) -> bool:
         """Whether a version is there with all its files. Reads no weights; `verify` does."""

@@ -7,7 +7,9 @@ import json
 import os
 import shutil
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from threading import Barrier
 
 import numpy as np
 import pytest
@@ -18,7 +20,7 @@ from vllm_lora_ext.base_model import BaseModel
 from vllm_lora_ext.files import RegularFile
 from vllm_lora_ext.inspection import Rules
 from vllm_lora_ext.intake import admit
-from vllm_lora_ext.store import AdapterStore
+from vllm_lora_ext.store import AdapterStore, StoredVersion
 
 MakeAdapter = Callable[..., Path]
 RULES = Rules(BaseModel("base", BASE_CONFIG))
@@ -157,6 +159,26 @@ def test_where_blocks_can_be_shared_the_clone_is_what_is_judged(
     monkeypatch.setattr(RegularFile, "clone_into", clone)
     assert digest_of(folder, AdapterStore(store.root.parent / "other")) == expected
     assert cloned == 1
+
+
+def test_two_folders_of_one_content_may_be_stored_at_the_same_time(
+    make_adapter: MakeAdapter, tmp_path: Path
+) -> None:
+    """None of them takes the version away that another has just stored."""
+    folders = [make_adapter(f"twin-{number}") for number in range(4)]
+    with ThreadPoolExecutor(len(folders)) as pool:
+        for number in range(25):
+            store = AdapterStore(tmp_path / f"store-{number}")
+            meet = Barrier(len(folders))
+
+            def take(folder: Path, store: AdapterStore = store, meet: Barrier = meet) -> StoredVersion:
+                meet.wait()
+                return admit(folder, store, RULES).version
+
+            versions = list(pool.map(take, folders))
+            assert len({version.digest for version in versions}) == 1
+            assert store.collect(()) == [], "everybody leases what is there"
+            store.verify(versions[0].digest)
 
 
 def test_public_names_are_found_in_the_package() -> None:
