@@ -62,7 +62,7 @@ class LoadTest:
         self.sampling: dict[str, Any] = {"temperature": 0.0, "extra_body": extra}
         self._limit = remembered_limit(config.client_processes)
         self._warm: set[str] = set()
-        self._alone: dict[str, list[AloneAnswer]] = {}
+        self._alone: list[AloneAnswer] = []
         self._runs: list[RunResult] = []
 
     def run(self) -> LoadTestResult:
@@ -228,16 +228,15 @@ class LoadTest:
         return records
 
     def _record_alone(self, workload: Workload) -> list[AloneAnswer]:
-        new = [name for name in workload.popularity.models if name not in self._alone]
-        requests = [workload.ask(number, "") for number in range(workload.pool or 0)]
-        if new:
-            with stage("answers alone", len(new) * len(requests)) as step:
-                answers = record_alone(
-                    self.config.url, new, requests, self.sampling, self.config.timeout_s, step
+        """Of all models, not only of those asked: a server may mix in the weights of any that it holds."""
+        if not self._alone:
+            names = self.models.names
+            requests = [workload.ask(number, "") for number in range(workload.pool or 0)]
+            with stage("answers alone", len(names) * len(requests)) as step:
+                self._alone = record_alone(
+                    self.config.url, names, requests, self.sampling, self.config.timeout_s, step
                 )
-            for answer in answers:
-                self._alone.setdefault(answer.model, []).append(answer)
-        return [answer for name in workload.popularity.models for answer in self._alone[name]]
+        return self._alone
 
     def _disturb(self, victim: str) -> VictimReport:
         config = self.config

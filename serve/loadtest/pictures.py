@@ -14,6 +14,7 @@ from serve.loadtest.stats import split_cold, values_of
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
+    from matplotlib.axis import Axis
     from matplotlib.figure import Figure
 
 _FONTS = ["DejaVu Sans", "Noto Sans CJK SC", "Noto Sans CJK JP", "WenQuanYi Zen Hei"]
@@ -83,11 +84,12 @@ def _sweep(result: LoadTestResult, axes: list[Axes]) -> None:
             values = [getattr(getattr(run.figures.whole, metric), f"{share}_ms", math.nan) for run in runs]
             latency.plot(levels, values, style, color=color, label=f"{metric.upper()} {share}")
     latency.set(title="latency", ylabel="milliseconds", yscale="log")
+    _plain_numbers(latency.yaxis)
     latency.legend()
     for panel in axes:
         panel.set(xlabel=_AXES.get(what, what), xscale="log")
         panel.set_xticks(levels, [f"{level:.3g}" for level in levels])
-        panel.minorticks_off()
+        panel.xaxis.minorticks_off()
         point = result.saturation
         if point is not None and point.breaks is not None:
             panel.axvspan(point.holds or point.breaks, point.breaks, color=_RED, alpha=0.12)
@@ -118,8 +120,7 @@ def _ttft(result: LoadTestResult, axes: Axes) -> None:
             axes.step(values, shares, where="post", color=color, label=f"{name} ({len(values)})")
     axes.set(title="time to first token: adapter to be fetched (cold) or there (warm)", xscale="log")
     axes.set(xlabel="milliseconds", ylabel="share of requests", ylim=(0, 1.02))
-    axes.xaxis.set_major_formatter("{x:g}")
-    axes.xaxis.set_minor_formatter("{x:g}")
+    _plain_numbers(axes.xaxis)
     axes.tick_params(axis="x", which="both", rotation=30)
     if axes.lines:
         axes.legend()
@@ -165,30 +166,42 @@ def _victim(result: LoadTestResult, axes: Axes) -> None:
 
 
 def _compare(results: tuple[SavedResult, SavedResult], axes: list[Axes]) -> None:
+    levels = {run.label: run.level or 0.0 for result in results for run in result.runs}
+    place_of = {label: place for place, label in enumerate(sorted(levels, key=lambda label: levels[label]))}
     for result, color, shift in zip(results, (_BLUE, _ORANGE), (-0.2, 0.2), strict=True):
-        runs = sorted(result.runs, key=lambda run: run.level or 0.0)
-        places = list(range(len(runs)))
+        runs = sorted(result.runs, key=lambda run: levels[run.label])
+        places = [place_of[run.label] for run in runs]
+        shifted = [place + shift for place in places]
         rates = [run.figures["whole"]["output_tokens_per_s"] for run in runs]
-        axes[0].bar([place + shift for place in places], rates, 0.4, color=color, label=result.name)
+        axes[0].bar(shifted, rates, 0.4, color=color, label=result.name)
         for share, style in (("p50", "o-"), ("p99", "s--")):
             values = [(run.figures["whole"]["ttft"] or {}).get(f"{share}_ms", math.nan) for run in runs]
             axes[1].plot(places, values, style, color=color, label=f"{result.name} {share}")
-        for panel in axes:
-            panel.set_xticks(places, [f"{run.level:g}" if run.level else run.label for run in runs])
-            panel.set_xlabel(_AXES.get(result.sweep or "", ""))
         if len(axes) > 2:
-            for kind, shade in (("wrong", 1.0), ("changed", 0.35)):
-                shares = list(_answer_shares(runs, kind))
-                places_of = [place + shift for place in places]
-                below = list(_answer_shares(runs, "wrong")) if kind == "changed" else [0.0] * len(runs)
-                label = f"{result.name}: {'another identity' if kind == 'wrong' else 'changed'}"
-                axes[2].bar(places_of, shares, 0.4, bottom=below, color=color, alpha=shade, label=label)
+            wrong, changed = (list(_answer_shares(runs, kind)) for kind in ("wrong", "changed"))
+            axes[2].bar(shifted, wrong, 0.4, color=color, label=f"{result.name}: another identity")
+            name = f"{result.name}: changed"
+            axes[2].bar(shifted, changed, 0.4, bottom=wrong, color=color, alpha=0.35, label=name)
     axes[0].set(title="throughput", ylabel="output tokens per second")
     axes[1].set(title="time to first token", ylabel="milliseconds", yscale="log")
+    _plain_numbers(axes[1].yaxis)
     if len(axes) > 2:
         axes[2].set(title="answers that are not the model's own", ylabel="percent of the answers")
+        axes[2].set_ylim(0, max(10.0, 1.3 * axes[2].get_ylim()[1]))
     for panel in axes:
+        panel.set_xticks(list(place_of.values()), [_short_label(label, levels) for label in place_of])
+        panel.set_xlabel(_AXES.get(results[0].sweep or "", ""))
         panel.legend(fontsize=8)
+
+
+def _short_label(label: str, levels: dict[str, float]) -> str:
+    return f"{levels[label]:g}" if levels[label] else label
+
+
+def _plain_numbers(axis: Axis) -> None:
+    """200 in place of 2 x 10^2, on a logarithmic axis."""
+    axis.set_major_formatter("{x:g}")
+    axis.set_minor_formatter("{x:g}")
 
 
 def _answer_shares(runs: Sequence[Any], kind: str) -> Iterator[float]:

@@ -25,8 +25,8 @@ from serve.loadtest.workload import Workload
 from tests.loadtest.conftest import ADAPTERS, Serve, identity_answer
 
 MODELS = make_popularity(ADAPTERS, "base", "uniform")
-# seconds to the first chunk, between chunks, chunks
-DELAYS = [(0.10 + 0.02 * number, 0.02 + 0.004 * (number % 7), 12) for number in range(20)]
+# seconds to the first chunk, between chunks, chunks; with 15 of them no percentile lies between two
+DELAYS = [(0.10 + 0.02 * number, 0.02 + 0.004 * number, 12) for number in range(15)]
 
 
 def plan(url: str, requests: int | None, rate: float | None = None, **more: Any) -> LoadPlan:
@@ -39,15 +39,15 @@ def plan(url: str, requests: int | None, rate: float | None = None, **more: Any)
 def test_percentiles_are_those_of_the_known_delays_within_two_percent(processes: int) -> None:
     """The server tells in its answers when it read and wrote: what is compared is the client alone."""
     with known_server(DELAYS) as url:
-        run = run_load(plan(url, 80, rate=40, keep_text=True), processes)
+        run = run_load(plan(url, 75, rate=30, keep_text=True), processes)
     true = [as_the_server_saw(record) for record in run.records]
-    assert len(true) == 80 and run.ended_early is None
+    assert len(true) == 75 and run.ended_early is None
     assert all(cost.clock == "kernel" for cost in run.costs)
     for metric in ("ttft", "itl", "tpot", "e2el"):
         for share in (0.5, 0.9, 0.99):
             ours, servers = values_of(run.records, metric), values_of(true, metric)
             assert percentile(ours, share) == pytest.approx(percentile(servers, share), rel=0.02)
-    known = sorted(first for first, _, _ in DELAYS * 4)
+    known = sorted(first for first, _, _ in DELAYS * 5)
     assert percentile(values_of(true, "ttft"), 0.5) == pytest.approx(percentile(known, 0.5), rel=0.1)
 
 
