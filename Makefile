@@ -1,7 +1,7 @@
 # The commands that people and CI use; each sets the project up first (once).
 PYTHON_BIN := .venv/bin/python
 
-.PHONY: setup demo test test-stock test-gpu exactness fuzz fuzz-parsers bench unit check check-symbols format clean
+.PHONY: setup demo test test-stock test-gpu exactness fuzz fuzz-parsers bench bench-client bench-engine unit check check-symbols format clean
 
 setup: ## make .venv and install what this machine needs; a second run does nothing
 	@deploy/setup.sh
@@ -29,7 +29,13 @@ fuzz-parsers: setup ## coverage-guided, a minute each, with atheris
 	$(PYTHON_BIN) -m tests.fuzz.parsers json -max_total_time=60
 	$(PYTHON_BIN) -m tests.fuzz.parsers header -max_total_time=60
 
-bench: setup ## what LoRA costs, how much a load disturbs, how fast adapters are taken; on an idle machine
+bench: setup ## ours and plain vLLM with the same adapters under the load test; 5 minutes on an idle machine
+	$(PYTHON_BIN) -m benchmarks.bench_serving
+
+bench-client: setup ## what the load test's own client adds to the figures; 2 minutes
+	$(PYTHON_BIN) -m benchmarks.bench_load_client --json-out .cache/benchmarks/load_client.json
+
+bench-engine: setup ## what LoRA costs, how much a load disturbs, how fast adapters are taken; on an idle machine
 	$(PYTHON_BIN) -m benchmarks.bench_lora_tax --json-out .cache/benchmarks/lora_tax.json
 	$(PYTHON_BIN) -m benchmarks.bench_load_stall --json-out .cache/benchmarks/load_stall.json
 	$(PYTHON_BIN) -m benchmarks.bench_admission --json-out .cache/benchmarks/admission.json

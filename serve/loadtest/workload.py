@@ -42,6 +42,9 @@ class Length:
     least: int
     most: int
 
+    def __str__(self) -> str:
+        return f"{self.least}" if self.least == self.most else f"{self.least}:{self.most}"
+
     def draw(self, chance: random.Random) -> int:
         """One length."""
         return chance.randint(self.least, self.most)
