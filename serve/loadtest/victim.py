@@ -91,7 +91,7 @@ class AskOthers:
     """Asks the others for one token each, in turn: those that are not in memory are loaded."""
 
     def __init__(self, others: Sequence[str]) -> None:
-        self.how = f"{len(others)} other adapters asked in turn"
+        self.how = f"{_counted(len(others), 'other adapter')} asked in turn"
         self._turn = itertools.cycle(others)
 
     async def __call__(self, client: openai.AsyncOpenAI) -> None:
@@ -103,7 +103,7 @@ class LoadOthers:
     """Loads folders by `/v1/load_lora_adapter`, asks each for one token, and unloads it."""
 
     def __init__(self, url: str, folders: Sequence[Path]) -> None:
-        self.how = f"{len(folders)} folders loaded and unloaded in turn"
+        self.how = f"{_counted(len(folders), 'folder')} loaded and unloaded in turn"
         self._root = url.rstrip("/").removesuffix("/v1")
         self._control = httpx2.AsyncClient(timeout=600.0, trust_env=uses_proxy(url))
         self._turn = itertools.cycle(folders)
@@ -266,3 +266,7 @@ def _within(gaps: Sequence[tuple[float, float]], window: Window) -> list[float]:
 
 def _percentile_ms(seconds: Sequence[float], share: float) -> float:
     return 1e3 * percentile(seconds, share) if seconds else math.nan
+
+
+def _counted(count: int, what: str) -> str:
+    return f"{count} {what}" if count == 1 else f"{count} {what}s"

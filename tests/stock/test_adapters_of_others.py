@@ -13,6 +13,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from benchmarks.models import make_random_adapter
+from serve.cli import main
 from serve.process import ServerProcess
 from tests.conftest import adapter_for
 from tests.stock.conftest import MENDED
@@ -127,3 +128,26 @@ def test_s8_an_adapter_of_a_smaller_base_is_not_copied_into_a_corner(
     else:
         assert response.status_code == 400
         assert "shape_mismatch" in response.text
+
+
+@pytest.mark.parametrize("kind", ["stock", "ours"])
+def test_s1_the_load_test_tells_a_server_that_mixes_identities_from_one_that_does_not(
+    kind: str, servers: Start, tiny_base: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    flags = ["--models", str(tiny_base), "inside", "--num-prompts", "48", "--check", "--output-len", "16"]
+    code = main(["loadtest", "--url", servers(kind).url, *flags])
+    out = capsys.readouterr().out
+    assert "48 answers compared" in out
+    if kind == "stock":
+        assert code == 1 and f"to {tiny_base} was answered as inside" in out, MENDED
+    else:
+        assert code == 0 and " 0 of a wrong identity" in out
+
+
+def test_a_victim_s_streams_are_measured_while_others_are_loaded_and_unloaded(
+    servers: Start, places: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    flags = ["--victim", "inside", "--victim-load", str(places / "outside" / "secret")]
+    flags += ["--victim-rounds", "2", "--victim-window", "1.5", "--victim-streams", "2"]
+    assert main(["loadtest", "--url", servers("ours").url, "--models", "inside", *flags]) == 0
+    assert "1 folder loaded and unloaded in turn" in capsys.readouterr().out
