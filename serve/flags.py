@@ -14,9 +14,13 @@ def at_least(least: int) -> Callable[[str], int]:
     """A flag's type: a whole number, not below `least`."""
 
     def whole_number(text: str) -> int:
-        if int(text) < least:
+        try:
+            number = int(text)
+        except ValueError:
+            raise argparse.ArgumentTypeError(f"must be a whole number, is {text!r}") from None
+        if number < least:
             raise argparse.ArgumentTypeError(f"must be at least {least}, is {text}")
-        return int(text)
+        return number
 
     return whole_number
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Callable, Sequence
 
@@ -18,6 +19,9 @@ def run_command(command: Callable[[Sequence[str]], int], argv: Sequence[str]) ->
     except VllmLoraError as error:
         print(f"error: {error}", file=sys.stderr)
         return error.exit_code
+    except BrokenPipeError:  # whoever read our output has had enough: `| head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        return 1
     except OSError as error:  # a path that no check of ours foresaw
         if error.filename is None:
             raise

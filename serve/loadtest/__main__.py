@@ -2,21 +2,24 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
+import signal
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 from rich.table import Table
 
 from serve.loadtest import compare, results
 from serve.loadtest.config import Comparison, LoadTestConfig, read_config
 from serve.loadtest.loadtest import LoadTest, calibrate
-from serve.loadtest.own_cost import ClientLimit
 from serve.loadtest.page import make_page
 from serve.loadtest.pictures import comparison_picture, pictures_of
-from serve.loadtest.processes import INTERRUPTED
+from serve.loadtest.records import INTERRUPTED
 from serve.loadtest.report import (
+    EXAMPLES,
+    MOST_ROWS,
     bench_command,
     is_loud,
     run_lines,
@@ -36,7 +39,7 @@ def main(argv: Sequence[str]) -> int:
     """Measure and report; 1 when a request failed, an answer was wrong, or figures cannot be trusted."""
     config = read_config(argv)
     if config.output is not None:
-        results.require_place(config.output, config.overwrite)
+        results.require_place(config.output, config.overwrite, isinstance(config, Comparison))
     if isinstance(config, Comparison):
         return _compare(config)
     if config.calibrate:
@@ -45,30 +48,63 @@ def main(argv: Sequence[str]) -> int:
     if config.dry_run:
         return _show_schedule(test)
     result = test.run()
-    sections = list(_sections(result, test))
-    if config.output is not None:
-        pictures = pictures_of(result)
-        settings = {"machine": result.machine, "server": result.server, **result.settings}
-        page = make_page(f"Load test of {config.url}", sections, pictures, settings)
-        body = results.json_bytes(results.as_json(result))
-        files = {results.RESULTS_FILE: body, results.REQUESTS_FILE: results.requests_csv(result)}
-        results.write_folder(config.output, {**files, **pictures, "report.html": page}, config.overwrite)
-        print(f"written: {config.output}/report.html", file=sys.stderr)
-    _print(_short(sections) if len(result.runs) > 1 else sections, as_text=not config.json)
-    if config.json:
-        print(results.json_bytes(results.as_json(result, with_requests=False)).decode(), end="")
+    try:
+        if config.output is not None:
+            with _undisturbed():
+                _write(result, test, config)
+    finally:  # what was measured is told, whatever became of the folder
+        sections = list(_sections(result, test))
+        _print(_short(sections) if len(result.runs) > 1 else sections, as_text=not config.json)
+        if config.json:
+            print(results.json_bytes(results.as_json(result, with_requests=False)).decode(), end="")
     return _exit_code(result, config)
 
 
-def _sections(result: LoadTestResult, test: LoadTest) -> Iterator[Section]:
+@contextlib.contextmanager
+def _undisturbed() -> Iterator[None]:
+    """Ctrl+C in the second that writing takes would lose what took minutes."""
+    try:
+        before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    except ValueError:  # not the main thread
+        yield
+        return
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+def _write(result: LoadTestResult, test: LoadTest, config: LoadTestConfig) -> None:
+    """All files; figures without pictures are worth more than pictures without figures."""
+    assert config.output is not None
+    files = {
+        results.RESULTS_FILE: results.json_bytes(results.as_json(result)),
+        results.REQUESTS_FILE: results.requests_csv(result),
+    }
+    settings = {"machine": result.machine, "server": result.server, **result.settings}
+    try:
+        pictures = pictures_of(result)
+        sections = list(_sections(result, test, whole=True))
+        page = make_page(f"Load test of {result.settings['url']}", sections, pictures, settings)
+        files |= {**pictures, results.PAGE_FILE: page}
+    except Exception as error:  # a name that no library draws, say: nothing that was measured is lost for it
+        print(f"no pictures: {type(error).__name__}: {error}. Please report it.", file=sys.stderr)
+    results.write_folder(config.output, files, config.overwrite)
+    shown = results.PAGE_FILE if results.PAGE_FILE in files else results.RESULTS_FILE
+    print(f"written: {config.output}/{shown}", file=sys.stderr)
+
+
+def _sections(result: LoadTestResult, test: LoadTest, whole: bool = False) -> Iterator[Section]:
+    """What is shown; `whole` for a page, which holds every row and every example."""
+    config = test.config
     if len(result.runs) > 1:
         yield "Sweep", sweep_table(result), [f"saturation: {result.saturation}"]
     for run in result.runs:
-        lines = list(run_lines(run))
+        lines = list(run_lines(run, config.check_max_gap, sys.maxsize if whole else EXAMPLES))
         if len(result.runs) == 1 and test.models.base is not None:
-            command = bench_command(test.config.url, test.models.base, test.models.adapters, run)
+            command = bench_command(str(result.settings["url"]), test.models.base, test.models.adapters, run)
             lines.append(f"nearly the same with vLLM's own client: {command}")
-        yield run.label, run_table(run, _title(run, test.config)), lines
+        yield run.label, run_table(run, _title(run, config), sys.maxsize if whole else MOST_ROWS), lines
     if result.victim is not None:
         yield f"Victim {result.victim.victim}", victim_table(result.victim), list(victim_lines(result.victim))
     if result.notes:
@@ -78,20 +114,22 @@ def _sections(result: LoadTestResult, test: LoadTest) -> Iterator[Section]:
 def _short(sections: Sequence[Section]) -> list[Section]:
     """Of the runs of a sweep only what must not be missed; the rest is on the page."""
     first, *others = sections
-    loud = [(name, None, [f"{name}: {line}" for line in lines if is_loud(line)]) for name, _, lines in others]
-    return [first, *loud]
+    shown: list[Section] = [first]
+    for name, _, lines in others:
+        kept = lines if name == "Notes" else [f"{name}: {line}" for line in lines if is_loud(line)]
+        shown.append((name, None, kept))
+    return shown
 
 
 def _title(run: RunResult, config: LoadTestConfig) -> str:
+    in_flight = run.level if run.label.startswith("concurrency=") else config.max_concurrency
     if run.offered_per_s is not None:
         load = f"{run.offered_per_s:.3g} requests/s offered"
     else:
-        load = f"{config.max_concurrency if run.label[:4] != 'conc' else run.level:g} in flight"
+        load = "all at once" if in_flight is None else f"{in_flight:g} in flight"
     whole = run.figures.whole
-    per_request = max(1, whole.completed)
-    lengths = (
-        f"{whole.prompt_tokens / per_request:.0f} tokens in, {whole.output_tokens / per_request:.0f} out"
-    )
+    done = max(1, whole.completed)
+    lengths = f"{whole.prompt_tokens / done:.0f} tokens in, {whole.output_tokens / done:.0f} out"
     return f"{run.label}: {whole.requests} requests, {run.adapters} adapters, {load}, {lengths}"
 
 
@@ -106,12 +144,14 @@ def _print(sections: Sequence[Section], as_text: bool) -> None:
 
 
 def _exit_code(result: LoadTestResult, config: LoadTestConfig) -> int:
-    if any(run.ended_early == INTERRUPTED for run in result.runs):
+    victim = result.victim
+    early = [note for note in result.notes if note.startswith("ENDED EARLY")]
+    interrupted = any(run.ended_early == INTERRUPTED for run in result.runs)
+    interrupted = interrupted or (victim is not None and INTERRUPTED in victim.failures)
+    if interrupted or any(note.endswith(INTERRUPTED) for note in early):
         return exit_codes.INTERRUPTED
     failed = any(_failed(run, config) for run in result.runs)
-    victim = result.victim is not None and bool(result.victim.failures or result.victim.errors)
-    early = any(note.startswith("ENDED EARLY") for note in result.notes)
-    return 1 if failed or victim or early else 0
+    return 1 if failed or early or (victim is not None and (victim.failures or victim.errors)) else 0
 
 
 def _failed(run: RunResult, config: LoadTestConfig) -> bool:
@@ -128,7 +168,7 @@ def _failed(run: RunResult, config: LoadTestConfig) -> bool:
 
 
 def _calibrate(config: LoadTestConfig) -> int:
-    limit: ClientLimit = calibrate(config.client_processes)
+    limit = calibrate(config.client_processes)
     if config.json:
         print(json.dumps(dataclasses.asdict(limit), indent=2))
     else:
@@ -141,8 +181,8 @@ def _calibrate(config: LoadTestConfig) -> int:
 
 def _show_schedule(test: LoadTest) -> int:
     workload = test.workload()
-    count = len(workload.arrivals) if workload.arrivals is not None else test.config.num_prompts or 20
-    requests = [workload.request(index) for index in range(count)]
+    whole = len(workload.arrivals) if workload.arrivals is not None else test.config.num_prompts
+    requests = [workload.request(index) for index in range(20 if whole is None else whole)]
     if test.config.json:
         print(json.dumps([dataclasses.asdict(request) for request in requests], ensure_ascii=False, indent=1))
         return 0
@@ -158,23 +198,20 @@ def _compare(config: Comparison) -> int:
     figures = compare.compare_results(first, second)
     table = compare.comparison_table(first, second, figures)
     lines = [f"settings differ: {line}" for line in compare.differing_settings(first, second)]
-    for result in (first, second):
-        bound = [run.label for run in result.runs if run.client_bound]
-        lines += [f"CLIENT-BOUND: {result.name}, {label}" for label in bound]
+    lines += [line for result in (first, second) for line in compare.marks(result)]
     body = compare.comparison_json(figures)
-    _print([("", table, lines)], as_text=not config.json)
-    if config.json:
-        print(results.json_bytes(body).decode(), end="")
     if config.output is not None:
         pictures = {"comparison.png": comparison_picture(first, second)}
         title = f"{second.name} against {first.name}"
-        page = make_page(
-            title, [(title, table, lines)], pictures, {"first": first.settings, "second": second.settings}
-        )
+        settings: Mapping[str, object] = {"first": first.settings, "second": second.settings}
+        page = make_page(title, [(title, table, lines)], pictures, settings)
         comparison = results.json_bytes({"format": results.FORMAT, "comparison": body})
-        files = {results.RESULTS_FILE: comparison, "report.html": page, **pictures}
-        results.write_folder(config.output, files, config.overwrite)
-        print(f"written: {config.output}/report.html", file=sys.stderr)
+        files = {results.COMPARISON_FILE: comparison, results.PAGE_FILE: page, **pictures}
+        results.write_folder(config.output, files, config.overwrite, comparison=True)
+        print(f"written: {config.output}/{results.PAGE_FILE}", file=sys.stderr)
+    _print([("", table, lines)], as_text=not config.json)
+    if config.json:
+        print(results.json_bytes(body).decode(), end="")
     return 0
 
 

@@ -1,21 +1,25 @@
 """When bytes left and when they came, by the kernel's clock and not by when Python got round to them.
 
 A client that parses one stream is late for another, by as long as a request takes to prepare (2 ms
-with the official client). Linux notes the arrival of every segment (SO_TIMESTAMPNS, socket(7)), so the
-lateness can be kept out of the figures. `make_transport` gives the official client a transport
-whose connections read that note; where it cannot be had (another system, TLS, a proxy) times are
-taken when Python sees the bytes.
+with the official client). Linux notes the arrival of every segment (SO_TIMESTAMPNS, socket(7)), and
+a thread of its own takes what has come off the sockets, so that two chunks are two reads however
+long the event loop is busy. `ClockedTransport` gives the official client such connections. Where they
+cannot be had (another system, TLS, a proxy) times are taken when Python sees the bytes.
 """
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
+import os
 import select
 import socket
+import ssl
 import struct
 import sys
+import threading
 import time
+from collections import deque
 from collections.abc import Iterable
 from typing import Any
 from urllib.parse import urlsplit
@@ -29,7 +33,11 @@ from serve.client import uses_proxy
 _SO_TIMESTAMPNS = 35  # asm-generic/socket.h; Python names it in 3.13 only
 _TIMESPEC = struct.Struct("@qq")
 _ANCILLARY_BYTES = socket.CMSG_SPACE(_TIMESPEC.size) if hasattr(socket, "CMSG_SPACE") else 0
+_READ_BYTES = 64 * 1024  # what httpcore asks for at most
 _NS = 1_000_000_000
+# A thread of Python's hands over the interpreter once another asked for it that long; the default, 5 ms, is
+# longer than the time between two tokens may be.
+_SWITCH_S = 0.0005
 
 
 def kernel_clock_reaches(url: str) -> bool:
@@ -37,7 +45,8 @@ def kernel_clock_reaches(url: str) -> bool:
     parts = urlsplit(url)
     if sys.platform != "linux" or struct.calcsize("P") != 8 or parts.scheme != "http":
         return False
-    return not uses_proxy(url) or "http" not in getproxies() or bool(proxy_bypass(parts.hostname or ""))
+    proxied = bool({"http", "all"} & set(getproxies())) and not proxy_bypass(parts.hostname or "")
+    return not (uses_proxy(url) and proxied)
 
 
 class ClockedStream(httpcore2.AsyncNetworkStream):
@@ -46,26 +55,38 @@ class ClockedStream(httpcore2.AsyncNetworkStream):
     `sent_s` and `arrived_s` are seconds on `time.monotonic`'s clock.
     """
 
-    def __init__(self, connected: socket.socket) -> None:
-        self._socket = connected
+    def __init__(self, connected: socket.socket, reader: ArrivalReader) -> None:
+        self._socket, self._reader = connected, reader
         self._loop = asyncio.get_running_loop()
+        self._arrived: deque[tuple[float, bytes | OSError]] = deque()
+        self._waiter: asyncio.Future[None] | None = None
         self.sent_s = self.arrived_s = time.monotonic()
+        reader.watch(connected.fileno(), self)
 
     async def read(self, max_bytes: int, timeout: float | None = None) -> bytes:
-        """httpcore's: what has come, at least one byte; none at the end."""
-        while True:
-            try:
-                data, notes, _, _ = self._socket.recvmsg(max_bytes, _ANCILLARY_BYTES)
-            except BlockingIOError:
-                await self._until_readable(timeout)
-            except OSError as error:
-                raise httpcore2.ReadError(str(error)) from error
-            else:
-                self.arrived_s = _arrival_s(notes)
-                return data
+        """httpcore's: what came at one moment; nothing at the end."""
+        if not self._arrived:
+            self._waiter = self._loop.create_future()
+            if not self._arrived:  # else it came just now
+                try:
+                    async with asyncio.timeout(timeout):
+                        await self._waiter
+                except TimeoutError as error:
+                    raise httpcore2.ReadTimeout(f"nothing came for {timeout} s") from error
+        arrived_s, data = self._arrived[0]
+        if isinstance(data, OSError):
+            raise httpcore2.ReadError(str(data)) from data
+        if data:  # the end stays
+            self._arrived.popleft()
+        if len(data) > max_bytes:
+            self._arrived.appendleft((arrived_s, data[max_bytes:]))
+        self.arrived_s = arrived_s
+        return data[:max_bytes]
 
     async def write(self, buffer: bytes, timeout: float | None = None) -> None:
-        """httpcore's."""
+        """httpcore's; it writes nothing at the end of a request, which is no sending."""
+        if not buffer:
+            return
         self.sent_s = time.monotonic()
         try:
             async with asyncio.timeout(timeout):
@@ -77,30 +98,92 @@ class ClockedStream(httpcore2.AsyncNetworkStream):
 
     async def aclose(self) -> None:
         """httpcore's."""
-        self._loop.remove_reader(self._socket)
-        self._socket.close()
+        if self._socket.fileno() >= 0:
+            self._reader.forget(self._socket.fileno())
+            self._socket.close()
+
+    async def start_tls(
+        self, ssl_context: ssl.SSLContext, server_hostname: str | None = None, timeout: float | None = None
+    ) -> httpcore2.AsyncNetworkStream:
+        """httpcore's, for a server that sends its clients on to TLS, where the kernel's notes end."""
+        raise httpcore2.ConnectError("the server redirects to https: give that --url")
 
     def get_extra_info(self, info: str) -> Any:
         """httpcore's: it asks an idle connection whether the server has closed it."""
         if info == "is_readable":
-            return self._socket.fileno() < 0 or _is_readable(self._socket)
+            return self._socket.fileno() < 0 or bool(self._arrived)
         return self._socket if info == "socket" else None
 
-    async def _until_readable(self, timeout: float | None) -> None:
-        readable = self._loop.create_future()
-        late = self._loop.call_later(timeout, _fail, readable) if timeout is not None else None
-        self._loop.add_reader(self._socket, _settle, readable)
-        try:
-            await readable
-        finally:
-            if late is not None:
-                late.cancel()
-            if self._socket.fileno() >= 0:
-                self._loop.remove_reader(self._socket)
+    def take_arrived(self) -> bool:
+        """In the reader's thread: take what has come; False when no more will come."""
+        while True:
+            try:
+                data, notes, _, _ = self._socket.recvmsg(_READ_BYTES, _ANCILLARY_BYTES)
+            except BlockingIOError:
+                return True
+            except OSError as error:
+                self._hand_over(time.monotonic(), error)
+                return False
+            self._hand_over(_arrival_s(notes), data)
+            if not data:
+                return False
+
+    def _hand_over(self, arrived_s: float, data: bytes | OSError) -> None:
+        self._arrived.append((arrived_s, data))
+        if self._waiter is not None and not self._waiter.done():
+            with contextlib.suppress(RuntimeError):  # the loop has ended
+                self._loop.call_soon_threadsafe(_settle, self._waiter)
+
+
+class ArrivalReader:
+    """The thread that takes what comes off all sockets of one transport."""
+
+    def __init__(self) -> None:
+        self._streams: dict[int, ClockedStream] = {}
+        self._poll = select.epoll()
+        self._stopped, self._stop = os.pipe()
+        self._poll.register(self._stopped, select.EPOLLIN)
+        self._thread = threading.Thread(target=self._run, name="arrivals", daemon=True)
+        self._switch_s = sys.getswitchinterval()
+        sys.setswitchinterval(_SWITCH_S)
+        self._thread.start()
+
+    def watch(self, file: int, stream: ClockedStream) -> None:
+        """Read for `stream` from now on."""
+        self._streams[file] = stream
+        self._poll.register(file, select.EPOLLIN)
+
+    def forget(self, file: int) -> None:
+        """Leave a socket alone, before it is closed; one whose end has come is forgotten already."""
+        self._streams.pop(file, None)
+        with contextlib.suppress(OSError):
+            self._poll.unregister(file)
+
+    def close(self) -> None:
+        """End the thread."""
+        if self._thread.is_alive():
+            os.write(self._stop, b"x")
+            self._thread.join()
+            sys.setswitchinterval(self._switch_s)
+            self._poll.close()
+            os.close(self._stop)
+            os.close(self._stopped)
+
+    def _run(self) -> None:
+        while True:
+            for file, _ in self._poll.poll():
+                if file == self._stopped:
+                    return
+                stream = self._streams.get(file)
+                if stream is not None and not stream.take_arrived():
+                    self.forget(file)
 
 
 class ClockedBackend(httpcore2.AsyncNetworkBackend):
     """Connects `ClockedStream`s over TCP."""
+
+    def __init__(self, reader: ArrivalReader) -> None:
+        self._reader = reader
 
     async def connect_tcp(
         self,
@@ -110,29 +193,22 @@ class ClockedBackend(httpcore2.AsyncNetworkBackend):
         local_address: str | None = None,
         socket_options: Iterable[Any] | None = None,
     ) -> ClockedStream:
-        """httpcore's; the addresses of `host` are tried in turn."""
-        loop = asyncio.get_running_loop()
+        """httpcore's; the addresses of `host` are tried in turn, each for its share of the time."""
         try:
-            async with asyncio.timeout(timeout):
-                found = await loop.getaddrinfo(host, port, type=socket.SOCK_STREAM)
-                for family, kind, protocol, _, address in found:
-                    connection = socket.socket(family, kind, protocol)
-                    connection.setblocking(False)
-                    connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-                    connection.setsockopt(socket.SOL_SOCKET, _SO_TIMESTAMPNS, 1)
-                    try:
-                        await loop.sock_connect(connection, address)
-                    except BaseException as error:
-                        connection.close()
-                        if not isinstance(error, OSError) or address == found[-1][4]:
-                            raise
-                    else:
-                        return ClockedStream(connection)
-        except TimeoutError as error:
-            raise httpcore2.ConnectTimeout(f"no connection within {timeout} s") from error
+            found = await asyncio.get_running_loop().getaddrinfo(host, port, type=socket.SOCK_STREAM)
         except OSError as error:
             raise httpcore2.ConnectError(str(error)) from error
-        raise httpcore2.ConnectError(f"{host} has no address")
+        failure: httpcore2.ConnectError | httpcore2.ConnectTimeout
+        failure = httpcore2.ConnectError(f"{host} has no address")
+        for family, kind, protocol, _, address in found:
+            try:
+                async with asyncio.timeout(None if timeout is None else timeout / len(found)):
+                    return ClockedStream(await _connected(family, kind, protocol, address), self._reader)
+            except TimeoutError:
+                failure = httpcore2.ConnectTimeout(f"no connection to {address[0]} in time")
+            except OSError as error:
+                failure = httpcore2.ConnectError(str(error))
+        raise failure
 
     async def sleep(self, seconds: float) -> None:
         """httpcore's."""
@@ -144,9 +220,28 @@ class ClockedTransport(httpx2.AsyncHTTPTransport):
 
     def __init__(self) -> None:
         super().__init__()
+        self._reader = ArrivalReader()
         self._pool = httpcore2.AsyncConnectionPool(
-            max_connections=None, max_keepalive_connections=None, network_backend=ClockedBackend()
+            max_connections=None, max_keepalive_connections=None, network_backend=ClockedBackend(self._reader)
         )
+
+    async def aclose(self) -> None:
+        """httpx2's."""
+        await super().aclose()
+        self._reader.close()
+
+
+async def _connected(family: int, kind: int, protocol: int, address: Any) -> socket.socket:
+    connection = socket.socket(family, kind, protocol)
+    try:
+        connection.setblocking(False)
+        connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        connection.setsockopt(socket.SOL_SOCKET, _SO_TIMESTAMPNS, 1)
+        await asyncio.get_running_loop().sock_connect(connection, address)
+    except BaseException:
+        connection.close()
+        raise
+    return connection
 
 
 def _arrival_s(notes: Iterable[tuple[int, int, bytes]]) -> float:
@@ -162,16 +257,3 @@ def _arrival_s(notes: Iterable[tuple[int, int, bytes]]) -> float:
 def _settle(future: asyncio.Future[None]) -> None:
     if not future.done():
         future.set_result(None)
-
-
-def _fail(future: asyncio.Future[None]) -> None:
-    if not future.done():
-        future.set_exception(httpcore2.ReadTimeout("nothing came"))
-
-
-def _is_readable(connection: socket.socket) -> bool:
-    with contextlib.suppress(ValueError):
-        poll = select.poll()
-        poll.register(connection, select.POLLIN)
-        return bool(poll.poll(0))
-    return True

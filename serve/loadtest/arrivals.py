@@ -24,7 +24,7 @@ class Ramp:
     end_per_s: float
 
     def duration_s(self, requests: float) -> float:
-        """Seconds in which so many requests arrive."""
+        """Seconds in which so many requests arrive; 0 at an infinite rate."""
         return requests / self._mean_per_s()
 
     def time_of(self, number: float, requests: float) -> float:
@@ -58,7 +58,7 @@ def arrival_times(ramp: Ramp, requests: int, burstiness: float, seed: int) -> li
         chance = random.Random(f"{seed}/arrivals")
         steps = (chance.gammavariate(burstiness, 1 / burstiness) for _ in range(requests))
         numbers = list(itertools.accumulate(steps))
-        scale = requests / numbers[-1] if numbers else 1.0
+        scale = requests / numbers[-1] if numbers and numbers[-1] > 0 else 1.0
         numbers = [number * scale for number in numbers]
     return [ramp.time_of(number, requests) for number in numbers]
 

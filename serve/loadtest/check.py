@@ -15,6 +15,7 @@ from typing import Any, Literal
 import openai
 
 from serve.client import make_client
+from serve.loadtest.client import text_of
 from serve.loadtest.records import RequestRecord
 from serve.loadtest.server_facts import server_error
 from serve.loadtest.workload import PlannedRequest, Prompt
@@ -119,12 +120,12 @@ def record_alone(
             try:
                 try:
                     answer = _ask(client, model, request, {**sampling, **logprobs})
-                except openai.BadRequestError:
+                except (openai.BadRequestError, openai.UnprocessableEntityError):
                     if not logprobs:
                         raise
                     logprobs = {}  # a server that tells none
                     answer = _ask(client, model, request, sampling)
-            except (openai.OpenAIError, ValueError, AttributeError, IndexError) as error:
+            except (openai.OpenAIError, ValueError, AttributeError, IndexError, TypeError) as error:
                 raise server_error(url, error) from error
             answers.append(answer)
             on_answer()
@@ -197,18 +198,40 @@ def first_difference(own: AloneAnswer, answer: str) -> tuple[int | None, str, st
     """Position of the first token of `own` that `answer` does not have, both tokens, and their gap.
 
     The answer's token is the longest of the alternatives that the answer goes on with; if it is none of
-    them, the gap is at least that to the least likely one.
+    them, the gap is at least that to the least likely one. Tokens are followed as far as their texts
+    make up the recorded text (a token may be half a character); behind that, texts are compared.
     """
-    if "".join(choice.text for choice in own.tokens) != own.text or not own.tokens:
-        shared = _common_prefix(own.text, answer)
-        return None, own.text[shared : shared + 20], answer[shared : shared + 20], None, False
-    place = 0
+    place, before = 0, None
     for position, choice in enumerate(own.tokens):
-        rest = answer[place:]
-        if choice.text and not rest.startswith(choice.text):
-            return (position, choice.text, *_answered_token(choice, rest))
+        if not choice.text or not own.text.startswith(choice.text, place):
+            break  # the end's token, or one that is no text of its own
+        if not answer.startswith(choice.text, place):
+            # " the" stands in " then" as well, which is another token: then they parted one token earlier
+            if before is not None and (longer := _longer_alternative(*before, answer)):
+                _, earlier = before
+                return (
+                    position - 1,
+                    earlier.text,
+                    longer,
+                    earlier.logprob - earlier.alternatives[longer],
+                    False,
+                )
+            return (position, choice.text, *_answered_token(choice, answer[place:]))
+        before = (place, choice)
         place += len(choice.text)
-    return len(own.tokens), "the end", answer[place : place + 20], None, False
+    if place == len(own.text):
+        return len(own.tokens), "the end", answer[place : place + 20], None, False
+    shared = _common_prefix(own.text, answer)
+    return None, own.text[shared : shared + 20], answer[shared : shared + 20], None, False
+
+
+def _longer_alternative(place: int, choice: TokenChoice, answer: str) -> str | None:
+    longer = [
+        text
+        for text in choice.alternatives
+        if len(text) > len(choice.text) and answer.startswith(text, place)
+    ]
+    return max(longer, key=len, default=None)
 
 
 def _answered_token(choice: TokenChoice, rest: str) -> tuple[str, float | None, bool]:
@@ -233,15 +256,7 @@ def _ask(
         TokenChoice(item.token, item.logprob, {top.token: top.logprob for top in item.top_logprobs})
         for item in content
     )
-    text = choice.message.content or ""
-    return AloneAnswer(model, request.prompt_number, text, _without_end(tokens, text))
-
-
-def _without_end(tokens: tuple[TokenChoice, ...], text: str) -> tuple[TokenChoice, ...]:
-    """The end-of-turn token is told among the log-probabilities, but is no part of the text."""
-    if tokens and "".join(token.text for token in tokens[:-1]) == text:
-        return tokens[:-1]
-    return tokens
+    return AloneAnswer(model, request.prompt_number, text_of(choice.message), tokens)
 
 
 def _other_model_named(record: RequestRecord, answers: Sequence[AloneAnswer]) -> str | None:

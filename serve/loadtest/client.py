@@ -21,7 +21,9 @@ from serve.loadtest.workload import PlannedRequest, Workload
 CUT_OFF = "cut off"
 NO_CONNECTION = ("no connection", "connection broken")
 _GONE_AFTER = 5  # failed connections in a row
+_PROBE_TIMEOUT_S = 5.0
 _TICK_S = 0.02
+_MOST_TOKENS = 1 << 31
 
 
 @dataclass(frozen=True)
@@ -47,29 +49,38 @@ class Exchange:
 
     def __init__(self, request: PlannedRequest, start_s: float, keep_text: bool) -> None:
         self._request, self._start, self._keep_text = request, start_s, keep_text
-        self._sent = self._done = time.monotonic()
+        self._begun = self._sent = self._done = time.monotonic()
         self._chunks: list[float] = []
         self._texts: list[str] = []
         self._usage: tuple[int, int] | None = None
         self._answered_by = ""
+        self._finished = False
         self._error: str | None = None
         self._detail = ""
 
     async def run(self, client: openai.AsyncOpenAI, sampling: dict[str, Any], timeout_s: float) -> None:
-        """Send it and read the answer; an error becomes part of the record."""
+        """Send it and read the answer; an error becomes part of the record.
+
+        Raises:
+            asyncio.CancelledError: as it does; the record says that it was cut off.
+        """
         try:
             async with asyncio.timeout(timeout_s):
                 await self._converse(client, sampling)
         except asyncio.CancelledError:
-            self._error = CUT_OFF
+            self._end(CUT_OFF, "")
+            raise
         except TimeoutError:
-            self._error, self._detail = "timeout", f"no whole answer within {timeout_s:g} s"
+            self._end("timeout", f"no whole answer within {timeout_s:g} s")
         except Exception as error:  # whatever the server answered, the run goes on
-            self._error, self._detail = error_kind(error), str(error)[:300]
-        if self._error is None and not self._chunks:
-            self._error, self._detail = "no answer", "the stream ended without a text"
-        if self._error is not None:
-            self._done = time.monotonic()
+            self._end(error_kind(error), error_detail(error))
+        else:
+            if not self._finished and self._usage is None:
+                kind = "cut short" if self._chunks else "no answer"
+                self._end(kind, f"the stream ended after {len(self._chunks)} chunks, without a reason")
+
+    def _end(self, error: str, detail: str) -> None:
+        self._error, self._detail, self._done = error, detail, time.monotonic()
 
     async def _converse(self, client: openai.AsyncOpenAI, sampling: dict[str, Any]) -> None:
         self._sent = time.monotonic()
@@ -88,13 +99,13 @@ class Exchange:
             self._sent = clock.sent_s
         async for chunk in stream:
             self._done = clock.arrived_s if clock is not None else time.monotonic()
-            if chunk.choices and (text := _text_of(chunk.choices[0].delta)):
+            if chunk.choices and (text := text_of(chunk.choices[0].delta)):
                 self._chunks.append(self._done)
                 if self._keep_text:
                     self._texts.append(text)
-            if chunk.usage:
-                self._usage = (chunk.usage.prompt_tokens, chunk.usage.completion_tokens)
-            self._answered_by = self._answered_by or chunk.model or ""
+            self._finished = self._finished or any(choice.finish_reason for choice in chunk.choices or ())
+            self._usage = _usage_of(chunk) or self._usage
+            self._answered_by = self._answered_by or str(chunk.model or "")
 
     def record(self) -> RequestRecord:
         """What is known of it."""
@@ -106,6 +117,7 @@ class Exchange:
             chunks_s=tuple(chunk - self._start for chunk in self._chunks),
             done_s=self._done - self._start,
             due_s=self._request.due_s,
+            begun_s=self._begun - self._start,
             prompt_number=self._request.prompt_number,
             prompt_tokens=prompt_tokens,
             output_tokens=output_tokens,
@@ -228,15 +240,17 @@ class ShareRunner:
 
     async def _one(self, client: openai.AsyncOpenAI, request: PlannedRequest) -> None:
         exchange = Exchange(request, self._start, self._plan.keep_text)
-        await exchange.run(client, self._plan.sampling, self._plan.timeout_s)
-        record = exchange.record()
-        self._failed_in_a_row = self._failed_in_a_row + 1 if record.error in NO_CONNECTION else 0
-        if self._failed_in_a_row >= _GONE_AFTER:
-            self.server_gone = True
-            self.stop.set()
-        self._on_record(record)
-        if record.error == CUT_OFF:
-            raise asyncio.CancelledError
+        try:
+            await exchange.run(client, self._plan.sampling, self._plan.timeout_s)
+        finally:
+            self._on_record(exchange.record())
+        failed = exchange.record().error in NO_CONNECTION
+        self._failed_in_a_row = self._failed_in_a_row + 1 if failed else 0
+        if self._failed_in_a_row >= _GONE_AFTER and not self.stop.is_set():
+            self._failed_in_a_row = 0
+            self.server_gone = not await _answers(client)
+            if self.server_gone:
+                self.stop.set()
 
 
 @asynccontextmanager
@@ -272,6 +286,25 @@ def error_kind(error: Exception) -> str:
     return "unreadable answer"
 
 
+def error_detail(error: BaseException) -> str:
+    """The words of the innermost cause, which for a connection is the system's."""
+    while error.__cause__ is not None:
+        error = error.__cause__
+    return (str(error) or type(error).__name__)[:300]
+
+
+def _usage_of(chunk: Any) -> tuple[int, int] | None:
+    """Tokens of the prompt and of the answer; None where a server tells none, or no numbers."""
+    prompt, output = (getattr(chunk.usage, name, None) for name in ("prompt_tokens", "completion_tokens"))
+    if (
+        type(prompt) is int
+        and type(output) is int
+        and 0 <= min(prompt, output) <= max(prompt, output) < _MOST_TOKENS
+    ):
+        return prompt, output
+    return None
+
+
 async def _tick(delays: list[float]) -> None:
     while True:
         due = time.monotonic() + _TICK_S
@@ -279,7 +312,19 @@ async def _tick(delays: list[float]) -> None:
         delays.append(max(0.0, time.monotonic() - due))
 
 
-def _text_of(delta: Any) -> str:
-    """What a delta says; a reasoning model's thoughts are output too."""
-    more = delta.model_extra or {}
-    return str(delta.content or more.get("reasoning_content") or more.get("reasoning") or "")
+async def _answers(client: openai.AsyncOpenAI) -> bool:
+    """Whether the server takes a connection at all: one broken adapter may break many of them."""
+    try:
+        await client.with_options(timeout=_PROBE_TIMEOUT_S).models.list()
+    except openai.APIStatusError:
+        return True
+    except (openai.OpenAIError, ValueError):
+        return False
+    return True
+
+
+def text_of(said: Any) -> str:
+    """What a delta or a message says; a reasoning model's thoughts are output too."""
+    more = said.model_extra or {}
+    thoughts = more.get("reasoning_content") or more.get("reasoning") or ""
+    return f"{thoughts}{said.content or ''}"

@@ -70,6 +70,17 @@ def comparison_table(first: SavedResult, second: SavedResult, figures: Sequence[
     return table
 
 
+def marks(result: SavedResult) -> list[str]:
+    """What makes its figures less than they seem."""
+    bound = [f"CLIENT-BOUND: {result.name}, {run.label}" for run in result.runs if run.client_bound]
+    early = [
+        f"ENDED EARLY ({run.ended_early}): {result.name}, {run.label}"
+        for run in result.runs
+        if run.ended_early
+    ]
+    return [*bound, *early]
+
+
 def comparison_json(figures: Sequence[ComparedFigure]) -> list[dict[str, Any]]:
     """The same as plain data."""
     return [dataclasses.asdict(figure) for figure in figures]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -41,10 +42,14 @@ def read_counters(url: str, text: str | None) -> dict[str, float]:
     from prometheus_client.parser import text_string_to_metric_families
 
     sums: dict[str, float] = {}
-    for family in text_string_to_metric_families(text):
-        for sample in family.samples:
-            sums[sample.name] = sums.get(sample.name, 0.0) + sample.value
-    missing = [name for name in COUNTERS.values() if name not in sums]
+    try:
+        for family in text_string_to_metric_families(text):
+            for sample in family.samples:
+                if sample.labels.get("finished_reason") not in ("abort", "error"):
+                    sums[sample.name] = sums.get(sample.name, 0.0) + sample.value
+    except ValueError as error:
+        raise ServerFailed(f"{url}/metrics", f"cannot be read ({error})") from error
+    missing = [name for name in COUNTERS.values() if not math.isfinite(sums.get(name, math.nan))]
     if missing:
         fix = "These are vLLM's names; leave --prometheus out for another server."
         raise ServerFailed(f"{url}/metrics", f"has no {', '.join(missing)}", fix)

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import csv
 import json
+import math
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -18,7 +19,13 @@ from typing import Any
 from serve.loadtest.workload import Message, Prompt
 from vllm_lora_ext.errors import BadData
 
-_ROLES = {"human": "user", "gpt": "assistant", "user": "user", "assistant": "assistant", "system": "system"}
+_MOST_TOKENS = 10_000_000
+_LONGEST_S = 1e10  # traces may count from 1970
+_ROLES = {
+    **dict.fromkeys(("user", "human"), "user"),
+    **dict.fromkeys(("assistant", "gpt", "chatgpt", "bing", "bard", "model", "bot"), "assistant"),
+    "system": "system",
+}
 # column of the time -> (seconds per unit, column of input tokens, of output tokens)
 _TRACE_FORMS = {
     "due_s": (1.0, "prompt_tokens", "output_tokens"),
@@ -43,8 +50,13 @@ def read_trace(path: Path, speed: float) -> list[Prompt]:
     Raises:
         BadData: not there, no row, a row without time or lengths.
     """
-    rows = list(_csv_lines(path) if path.suffix == ".csv" else _json_lines(path))
+    rows = list(_csv_lines(path) if path.suffix.lower() == ".csv" else _json_lines(path))
     rows = [(line, row) for line, row in rows if row.get("phase") != "warmup"]
+    if len(runs := {row["run"] for _, row in rows if "run" in row}) > 1:
+        rule = f"holds {len(runs)} runs ({', '.join(sorted(map(str, runs))[:4])})"
+        raise BadData(str(path), rule, "Keep the lines of one.")
+    if not rows:
+        raise BadData(str(path), "holds no request")
     prompts = sorted((_traced(path, line, row) for line, row in rows), key=lambda prompt: prompt.due_s or 0.0)
     start = prompts[0].due_s or 0.0
     return [replace(prompt, due_s=((prompt.due_s or 0.0) - start) / speed) for prompt in prompts]
@@ -59,8 +71,8 @@ def _conversation(path: Path, line: int, row: Mapping[str, Any]) -> Prompt:
     messages: list[Message] = []
     for turn in turns:
         role = _ROLES.get(str(turn.get("role") or turn.get("from"))) if isinstance(turn, dict) else None
-        text = (turn.get("content") or turn.get("value")) if role else None
-        if role is None or not isinstance(text, str):
+        text = _text_of(turn) if role else None
+        if role is None or text is None:
             raise BadData(
                 f"{path}, line {line}", "a turn has no role of user, assistant or system, or no text"
             )
@@ -72,8 +84,36 @@ def _conversation(path: Path, line: int, row: Mapping[str, Any]) -> Prompt:
     output = row.get("output_length") or row.get("max_tokens")
     model = row.get("model")
     return Prompt(
-        tuple(messages), output_tokens=int(output) if output else None, model=str(model) if model else None
+        tuple(messages),
+        output_tokens=_tokens(output, f"{path}, line {line}") if output else None,
+        model=str(model) if model else None,
     )
+
+
+def _text_of(turn: Mapping[str, Any]) -> str | None:
+    """A turn's text; of OpenAI's content parts those that are text."""
+    content = turn.get("content", turn.get("value"))
+    if isinstance(content, list):
+        parts = [
+            part.get("text") for part in content if isinstance(part, dict) and part.get("type") == "text"
+        ]
+        content = "".join(part for part in parts if isinstance(part, str)) or None
+    return content if isinstance(content, str) else None
+
+
+def _tokens(value: Any, item: str) -> int:
+    """A count of tokens as a file has it.
+
+    Raises:
+        BadData: it is none.
+    """
+    try:
+        number = float(value)
+    except (TypeError, ValueError):
+        number = math.nan
+    if not 1 <= number <= _MOST_TOKENS or number % 1:
+        raise BadData(item, f"{str(value)[:40]!r} is no number of tokens", f"Write 1 to {_MOST_TOKENS}.")
+    return int(number)
 
 
 def _traced(path: Path, line: int, row: Mapping[str, Any]) -> Prompt:
@@ -82,12 +122,13 @@ def _traced(path: Path, line: int, row: Mapping[str, Any]) -> Prompt:
             continue
         try:
             due_s = float(row[column]) * unit_s
-            input_tokens, output_tokens = (
-                max(1, int(float(row[name]))) for name in (input_column, output_column)
-            )
-        except (KeyError, TypeError, ValueError) as error:
-            rule = f"{column} needs numbers in {input_column} and {output_column} beside it"
-            raise BadData(f"{path}, line {line}", rule) from error
+        except (TypeError, ValueError):
+            due_s = math.nan
+        if not 0 <= due_s <= _LONGEST_S:
+            raise BadData(f"{path}, line {line}", f"{column} is no time, it is {str(row[column])[:40]!r}")
+        input_tokens, output_tokens = (
+            _tokens(row.get(name), f"{path}, line {line}, {name}") for name in (input_column, output_column)
+        )
         model = row.get("model")
         return Prompt(None, input_tokens, output_tokens, str(model) if model else None, due_s)
     columns = ", ".join(_TRACE_FORMS)
@@ -99,7 +140,7 @@ def _json_lines(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
     for number, text in _lines(path):
         try:
             row = json.loads(text)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise BadData(
                 f"{path}, line {number}", f"is not JSON ({error})", "One JSON object a line."
             ) from error
@@ -111,7 +152,10 @@ def _json_lines(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
 
 
 def _csv_lines(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
-    rows = list(csv.DictReader(text for _, text in _lines(path)))
+    try:
+        rows = list(csv.DictReader(text for _, text in _lines(path)))
+    except csv.Error as error:
+        raise BadData(str(path), f"is no CSV ({error})") from error
     if not rows:
         raise BadData(str(path), "holds no row")
     yield from enumerate(rows, start=2)
@@ -119,9 +163,9 @@ def _csv_lines(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
 
 def _lines(path: Path) -> list[tuple[int, str]]:
     try:
-        text = path.read_text(encoding="utf-8")
+        text = path.read_text(encoding="utf-8-sig")
     except OSError as error:
         raise BadData(str(path), f"cannot be read ({error.strerror})") from error
     except UnicodeDecodeError as error:
         raise BadData(str(path), "is not text in UTF-8") from error
-    return [(number, line) for number, line in enumerate(text.splitlines(), start=1) if line.strip()]
+    return [(number, line) for number, line in enumerate(text.split("\n"), start=1) if line.strip()]

@@ -43,11 +43,11 @@ def _add_load_flags(group: argparse._ArgumentGroup) -> None:
     )  # fmt: skip
     group.add_argument("--duration", type=_positive, metavar="S", help="seconds of requests")
     group.add_argument(
-        "--request-rate", type=_positive, metavar="R",
-        help="open loop: so many requests a second arrive, whatever the server does",
+        "--request-rate", type=_positive_or_inf, metavar="R",
+        help="open loop: so many requests a second arrive, whatever the server does; inf: all at once",
     )  # fmt: skip
     group.add_argument(
-        "--burstiness", type=_positive, default=1.0, metavar="B",
+        "--burstiness", type=_positive_or_inf, default=1.0, metavar="B",
         help="of arrivals: 1 Poisson, below 1 in bursts, above 1 more even (gamma), inf constant; "
         "default: 1",
     )  # fmt: skip
@@ -197,7 +197,7 @@ def _add_output_flags(group: argparse._ArgumentGroup) -> None:
     group.add_argument("--output", type=Path, metavar="DIR", help="JSON, CSV, pictures and one page of all")
     group.add_argument("--overwrite", action="store_true", help="replace an earlier result in --output")
     group.add_argument("--json", action="store_true", help="print the figures as JSON")
-    group.add_argument("--dry-run", action="store_true", help="print the schedule and send nothing")
+    group.add_argument("--dry-run", action="store_true", help="print the schedule and ask no model")
     group.add_argument(
         "--compare",
         nargs=2,
@@ -207,15 +207,29 @@ def _add_output_flags(group: argparse._ArgumentGroup) -> None:
     )
 
 
-def _positive(text: str) -> float:
-    number = float(text)
+def _number(text: str) -> float:
+    try:
+        return float(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"must be a number, is {text!r}") from None
+
+
+def _positive_or_inf(text: str) -> float:
+    number = _number(text)
     if not number > 0:
         raise argparse.ArgumentTypeError(f"must be above 0, is {text}")
     return number
 
 
+def _positive(text: str) -> float:
+    number = _positive_or_inf(text)
+    if math.isinf(number):
+        raise argparse.ArgumentTypeError(f"must be a number, is {text}")
+    return number
+
+
 def _percent(text: str) -> float:
-    number = float(text)
+    number = _number(text)
     if not 0 <= number <= 100:
         raise argparse.ArgumentTypeError(f"must be from 0 to 100, is {text}")
     return number
@@ -223,6 +237,8 @@ def _percent(text: str) -> float:
 
 def _length(text: str) -> Length:
     least, _, most = text.partition(":")
+    if not all(part.isdecimal() and len(part) < 9 for part in (least, most or least)):
+        raise argparse.ArgumentTypeError(f"must be N or A:B, is {text!r}")
     length = Length(int(least), int(most or least))
     if not 1 <= length.least <= length.most:
         raise argparse.ArgumentTypeError(f"must be N or A:B with 1 <= A <= B, is {text}")
@@ -231,13 +247,14 @@ def _length(text: str) -> Length:
 
 def _weight(text: str) -> tuple[str, float]:
     name, _, weight = text.rpartition("=")
-    if not name or not 0 <= float(weight) < math.inf:
-        raise argparse.ArgumentTypeError(f"must be NAME=WEIGHT, is {text}")
-    return name, float(weight)
+    if not name or not 0 <= _number(weight) < math.inf:
+        raise argparse.ArgumentTypeError(f"must be NAME=WEIGHT, is {text!r}")
+    return name, _number(weight)
 
 
 def _target(text: str) -> tuple[str, float]:
     metric, _, limit = text.partition(":")
-    if metric not in METRICS or not float(limit) > 0:
-        raise argparse.ArgumentTypeError(f"must be one of {', '.join(METRICS)} and milliseconds, is {text}")
-    return metric, float(limit)
+    if metric not in METRICS or not 0 < _number(limit or "0") < math.inf:
+        rule = f"must be METRIC:MS with one of {', '.join(METRICS)}"
+        raise argparse.ArgumentTypeError(f"{rule}, is {text!r}")
+    return metric, _number(limit)

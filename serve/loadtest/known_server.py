@@ -36,7 +36,8 @@ class KnownAnswer:
     Another `status` than 200 is answered at once with `pieces` as the message. After `cut_after` pieces
     the connection breaks. `logprobs` is what stands in a whole answer's `logprobs.content`. `stamped` puts
     into each piece of a stream when the request was read and when the piece was written, by
-    `time.monotonic`, which all processes of a machine share.
+    `time.monotonic`, which all processes of a machine share. Without `finished` a stream ends with neither
+    a reason nor usage. `usage` stands in place of the true one.
     """
 
     pieces: tuple[str, ...]
@@ -46,6 +47,8 @@ class KnownAnswer:
     cut_after: int | None = None
     logprobs: Sequence[Mapping[str, Any]] | None = None
     stamped: bool = False
+    finished: bool = True
+    usage: Mapping[str, Any] | None = None
 
 
 AnswerTo = Callable[[Mapping[str, Any]], KnownAnswer]
@@ -197,7 +200,9 @@ class Connection(asyncio.Protocol):
             self._loop.call_at(end_s, self.transport.abort)
             return
         end = [{"index": 0, "delta": {}, "finish_reason": "length"}]
-        events = _event(request, end) + _event(request, [], usage=_usage(request, answer))
+        events = b""
+        if answer.finished:
+            events = _event(request, end) + _event(request, [], usage=_usage(request, answer))
         self._loop.call_at(end_s, self.transport.write, events + _framed(b"data: [DONE]\n\n") + b"0\r\n\r\n")
 
 
@@ -246,9 +251,11 @@ def _completion(request: Mapping[str, Any], answer: KnownAnswer) -> dict[str, An
     }
 
 
-def _usage(request: Mapping[str, Any], answer: KnownAnswer) -> dict[str, int]:
+def _usage(request: Mapping[str, Any], answer: KnownAnswer) -> dict[str, Any]:
     """A word of the prompt is a token, and so is a piece of the answer."""
     prompt = sum(len(str(message.get("content", "")).split()) for message in request.get("messages", ()))
+    if answer.usage is not None:
+        return dict(answer.usage)
     output = len(answer.pieces)
     return {"prompt_tokens": prompt, "completion_tokens": output, "total_tokens": prompt + output}
 

@@ -16,6 +16,7 @@ from serve.loadtest.config import LoadTestConfig
 from serve.loadtest.counters import Count, compare_counters, read_counters
 from serve.loadtest.datasets import read_conversations, read_trace
 from serve.loadtest.own_cost import (
+    BUSY,
     ClientLimit,
     OwnCost,
     client_bound,
@@ -27,9 +28,18 @@ from serve.loadtest.own_cost import (
 from serve.loadtest.popularity import Popularity, make_popularity
 from serve.loadtest.processes import run_load
 from serve.loadtest.progress import load_stage, stage, tell
-from serve.loadtest.records import RequestRecord, RunRecord
+from serve.loadtest.records import INTERRUPTED, RequestRecord, RunRecord
 from serve.loadtest.results import LoadTestResult, RunResult
-from serve.loadtest.server_facts import ServedModels, adapter_slots, chosen_models, measure_scale, scrape
+from serve.loadtest.server_facts import (
+    ServedModels,
+    adapter_slots,
+    chosen_models,
+    measure_scale,
+    require_url,
+    scrape,
+    server_version,
+    without_password,
+)
 from serve.loadtest.stats import figures_of
 from serve.loadtest.sweep import Point, Saturation, keeping_up, run_sweep
 from serve.loadtest.victim import AskOthers, Disturbance, LoadOthers, VictimPlan, VictimReport, run_victim
@@ -37,7 +47,7 @@ from serve.loadtest.workload import Prompt, TokenScale, Workload
 from serve.machine import describe_machine
 from vllm_lora_ext.errors import AdapterUnknown, BadSetting, VllmLoraError
 
-_BUSY = 0.4  # of a core; below that no client here was ever found at its limit
+_SETTLE_S, _SETTLE_TRIES = 0.1, 20  # how long counters may move after a run
 
 
 class LoadTest:
@@ -49,10 +59,11 @@ class LoadTest:
 
     def __init__(self, config: LoadTestConfig) -> None:
         self.config = config
-        self.prompts = _prompts_of(config)
-        self.models: ServedModels = chosen_models(config.url, config.models)
-        self.scale, takes_ignore_eos = TokenScale(), True
         self._notes: list[str] = []
+        require_url(config.url)
+        self.models: ServedModels = chosen_models(config.url, config.models, ask=not config.dry_run)
+        self.prompts = self._prompts()
+        self.scale, takes_ignore_eos = TokenScale(), True
         if not config.dry_run:
             self.scale, takes_ignore_eos = measure_scale(config.url, self.models.names[0])
         if config.ignore_eos and not takes_ignore_eos:
@@ -61,9 +72,27 @@ class LoadTest:
         extra = {"ignore_eos": True} if config.ignore_eos and takes_ignore_eos else {}
         self.sampling: dict[str, Any] = {"temperature": 0.0, "extra_body": extra}
         self._limit = remembered_limit(config.client_processes)
-        self._warm: set[str] = set()
+        self._slots: int | None = config.slots
+        self._asked: list[str] = []  # models in the order in which they were asked before the next run
         self._alone: list[AloneAnswer] = []
         self._runs: list[RunResult] = []
+
+    def _prompts(self) -> tuple[Prompt, ...]:
+        """Those of a file. Where it names models of which none is asked, it was recorded elsewhere."""
+        config = self.config
+        if config.trace is not None:
+            prompts = read_trace(config.trace, config.trace_speed)
+        elif config.dataset is not None:
+            prompts = read_conversations(config.dataset)
+        else:
+            return QUESTIONS[: config.check_prompts] if config.check else ()
+        named = {prompt.model for prompt in prompts} - {None}
+        if named and not named & set(self.models.names):
+            self._notes.append(
+                f"none of the models that the file names is asked ({min(map(str, named))}, ...)"
+            )
+            prompts = [replace(prompt, model=None) for prompt in prompts]
+        return tuple(prompts)
 
     def run(self) -> LoadTestResult:
         """Measure; a server that fails or Ctrl+C in the middle keeps what was measured before."""
@@ -72,19 +101,24 @@ class LoadTest:
         victim: VictimReport | None = None
         if self.config.victim is not None:
             victim = self._disturb(self.config.victim)
-        elif self.config.sweep is None:
-            self._measure("run", self.workload(), self.config.max_concurrency)
+        elif self.config.sweep is not None:
+            saturation = run_sweep(self.config.sweep, self._level, self._most())
         else:
-            most = float(len(self.models.adapters)) if self.config.sweep.what == "adapters" else None
-            saturation = run_sweep(self.config.sweep, self._level, most)
+            try:
+                self._measure("run", self.workload(), self.config.max_concurrency)
+            except KeyboardInterrupt:
+                if not self._runs:
+                    raise
+                self._notes.append(f"ENDED EARLY: {INTERRUPTED}")
         return LoadTestResult(
-            settings=asdict(self.config),
+            settings={**asdict(self.config), "url": without_password(self.config.url)},
             machine=describe_machine(),
             server={
-                "url": self.config.url,
+                "url": without_password(self.config.url),
                 "base_model": self.models.base,
                 "adapters": len(self.models.adapters),
-                "adapter_slots": self._slots(),
+                "adapter_slots": self._slots,
+                "version": server_version(self.config.url),
             },
             started=started,
             runs=tuple(self._runs),
@@ -95,16 +129,17 @@ class LoadTest:
             notes=tuple(self._notes),
         )
 
-    def workload(self, adapters: int | None = None, rate_per_s: float | None = None) -> Workload:
+    def workload(
+        self, adapters: int | None = None, rate_per_s: float | None = None, series: str = ""
+    ) -> Workload:
         """What is asked: of the first so many adapters, at so many requests a second; None as configured."""
         config = self.config
+        asked = self.models.adapters[:adapters]
+        weights = {
+            name: weight for name, weight in config.weights.items() if adapters is None or name in asked
+        }
         popularity = make_popularity(
-            self.models.adapters[:adapters],
-            self.models.base,
-            config.distribution,
-            config.zipf_alpha,
-            config.weights,
-            config.base_share,
+            asked, self.models.base, config.distribution, config.zipf_alpha, weights, config.base_share
         )
         ramp = config.ramp if rate_per_s is None else constant_rate(rate_per_s)
         arrivals: Sequence[float] | None = None
@@ -121,34 +156,53 @@ class LoadTest:
             arrivals=arrivals,
             prompts=self.prompts,
             pool=min(config.check_prompts, len(self.prompts)) if config.check else None,
+            series=series,
             scale=self.scale,
         )
+
+    def _most(self) -> float | None:
+        """The highest level that makes sense: adapters that there are, requests that are sent."""
+        sweep = self.config.sweep
+        if sweep is not None and sweep.what == "adapters":
+            return float(len(self.models.adapters))
+        if sweep is not None and sweep.what == "concurrency" and self.config.num_prompts is not None:
+            return float(max(self.config.num_prompts, *sweep.levels))
+        return None
 
     def _level(self, level: float) -> Point | None:
         sweep = self.config.sweep
         assert sweep is not None
         concurrency = int(level) if sweep.what == "concurrency" else self.config.max_concurrency
+        label = f"{sweep.what}={level:.4g}"
         workload = self.workload(
             adapters=int(level) if sweep.what == "adapters" else None,
             rate_per_s=level if sweep.what == "rate" else None,
+            series=label,
         )
         try:
-            result = self._measure(f"{sweep.what}={level:.4g}", workload, concurrency, level)
+            result = self._measure(label, workload, concurrency, level)
         except VllmLoraError as error:
             if not self._runs:
                 raise
-            self._notes.append(f"ENDED EARLY: {error}")
+            self._notes.append(f"ENDED EARLY: {label}: {error}")
             return None
         except KeyboardInterrupt:
-            self._notes.append(f"ENDED EARLY: interrupted at {sweep.what}={level:.4g}")
+            if not self._runs:
+                raise
+            self._notes.append(f"ENDED EARLY: {label}: {INTERRUPTED}")
+            return None
+        except Exception as error:  # a flaw of ours must not cost the levels before
+            if not self._runs:
+                raise
+            self._notes.append(f"ENDED EARLY: {label}: {type(error).__name__}: {error}. Please report it.")
             return None
         whole = result.figures.whole
         point = Point(
             level,
             whole.output_tokens_per_s,
             errors=whole.requests - whole.completed,
-            offered_per_s=result.offered_per_s,
             kept_up=keeping_up([record for record in result.run.records if record.error is None]),
+            client_bound=bool(result.client_bound),
         )
         return None if result.ended_early else point
 
@@ -157,8 +211,10 @@ class LoadTest:
     ) -> RunResult:
         config = self.config
         warmup = self._warm_up(workload.popularity, workload)
+        asked_before = self._asked[:]
+        self._asked += [record.model for record in warmup]
         alone = self._record_alone(workload) if config.check else []
-        before = read_counters(config.url, scrape(config.url)) if config.prometheus else None
+        before = self._still_counters() if config.prometheus else None
         plan = LoadPlan(
             url=config.url,
             workload=workload,
@@ -171,48 +227,74 @@ class LoadTest:
         )
         with load_stage(label, plan.requests) as on_record:
             run = run_load(plan, config.client_processes, on_record)
-        counters: tuple[Count, ...] = ()
-        if before is not None and not run.ended_early:
-            after = _settled_counters(config.url, before, run.records)
-            counters = tuple(compare_counters(before, after, run.records))
-        cost = own_cost(run)
+        self._asked += [record.model for record in run.records]
         result = RunResult(
             label=label,
             run=run,
             warmup=warmup,
-            figures=figures_of(run.records, self.models.base, warmup, self._slots(), config.goodput),
-            cost=cost,
-            client_bound=tuple(self._client_bound(run, cost, concurrency is not None)),
+            figures=figures_of(
+                run.records, self.models.base, warmup, self._slots, config.goodput, asked_before
+            ),
+            cost=own_cost(run),
+            client_bound=(),
             shares=_shares(workload.popularity),
             adapters=sum(name != self.models.base for name in workload.popularity.models),
             level=level,
             offered_per_s=_offered(workload),
             check=check_answers(run.records, alone) if config.check else None,
-            counters=counters,
         )
-        self._runs.append(result)
-        return result
+        self._runs.append(result)  # whatever comes now, this is kept
+        counters = self._counted(before, run) if before is not None and not run.ended_early else ()
+        reasons = self._client_bound(run, result.cost, concurrency is not None)
+        self._runs[-1] = replace(result, client_bound=tuple(reasons), counters=counters)
+        return self._runs[-1]
 
     def _client_bound(self, run: RunRecord, cost: OwnCost, capped: bool) -> list[str]:
         """Where the client was busy its limit has to be known; it is found then, once for this machine."""
-        if self._limit is None and cost.busiest_share > _BUSY:
+        if self._limit is None and cost.busiest_share > BUSY and not run.ended_early:
             tell("this client was busy: finding its limit, once for this machine (half a minute)")
             self._limit = calibrate(self.config.client_processes)
         return client_bound(run, cost, self._limit, capped)
 
-    def _warm_up(self, popularity: Popularity, workload: Workload) -> tuple[RequestRecord, ...]:
-        names = [name for name in popularity.models if name not in self._warm]
-        count = self.config.warmup * len(names)
-        if not count:
+    def _counted(self, before: dict[str, float], run: RunRecord) -> tuple[Count, ...]:
+        """Both sides' counts, once the server's stand still: it counts a moment after the last byte."""
+        try:
+            for _ in range(_SETTLE_TRIES):
+                counts = compare_counters(
+                    before, read_counters(self.config.url, scrape(self.config.url)), run.records
+                )
+                if all(count.agrees for count in counts):
+                    break
+                time.sleep(_SETTLE_S)
+        except VllmLoraError as error:
+            self._notes.append(f"ENDED EARLY: no counters after the run: {error}")
             return ()
-        with stage("warm-up", count) as step:
-            records = asyncio.run(
-                self._ask_in_turn([name for name in names for _ in range(self.config.warmup)], workload, step)
-            )
-        self._warm.update(names)
+        return tuple(counts)
+
+    def _still_counters(self) -> dict[str, float]:
+        """The counters before a run, once they no longer move."""
+        before = read_counters(self.config.url, scrape(self.config.url))
+        for _ in range(_SETTLE_TRIES):
+            time.sleep(_SETTLE_S)
+            now = read_counters(self.config.url, scrape(self.config.url))
+            if now == before:
+                break
+            before = now
+        return before
+
+    def _warm_up(self, popularity: Popularity, workload: Workload) -> tuple[RequestRecord, ...]:
+        """Ask the models that were not asked before; then the server's slots are known."""
+        names = [name for name in popularity.models if name not in self._asked]
+        in_turn = [name for name in names for _ in range(self.config.warmup)]
+        records: list[RequestRecord] = []
+        if in_turn:
+            with stage("warm-up", len(in_turn)) as step:
+                records = asyncio.run(self._ask_in_turn(in_turn, replace(workload, series="warm-up"), step))
         for record in records:
             if record.error is not None:
                 self._notes.append(f"warm-up of {record.model}: {record.error} {record.detail}".rstrip())
+        if self._slots is None:
+            self._slots = adapter_slots(self.config.url)
         return tuple(records)
 
     async def _ask_in_turn(self, names: Sequence[str], workload: Workload, step: Any) -> list[RequestRecord]:
@@ -230,12 +312,13 @@ class LoadTest:
     def _record_alone(self, workload: Workload) -> list[AloneAnswer]:
         """Of all models, not only of those asked: a server may mix in the weights of any that it holds."""
         if not self._alone:
-            names = self.models.names
+            names = self.models.all_names
             requests = [workload.ask(number, "") for number in range(workload.pool or 0)]
             with stage("answers alone", len(names) * len(requests)) as step:
                 self._alone = record_alone(
                     self.config.url, names, requests, self.sampling, self.config.timeout_s, step
                 )
+            self._asked += names
         return self._alone
 
     def _disturb(self, victim: str) -> VictimReport:
@@ -263,9 +346,6 @@ class LoadTest:
         with stage(f"victim {victim}", 2 * config.victim_rounds) as step:
             return run_victim(plan, disturbance, step)
 
-    def _slots(self) -> int | None:
-        return self.config.slots or adapter_slots(self.config.url)
-
 
 def calibrate(processes: int) -> ClientLimit:
     """Find the client's limit on this machine, with a line for each rate that is tried, and remember it."""
@@ -274,21 +354,16 @@ def calibrate(processes: int) -> ClientLimit:
     return limit
 
 
-def _prompts_of(config: LoadTestConfig) -> Sequence[Prompt]:
-    if config.trace is not None:
-        return tuple(read_trace(config.trace, config.trace_speed))
-    if config.dataset is not None:
-        return tuple(read_conversations(config.dataset))
-    return QUESTIONS[: config.check_prompts] if config.check else ()
-
-
 def _require_models(models: ServedModels, config: LoadTestConfig, prompts: Sequence[Prompt]) -> None:
     named = {prompt.model for prompt in prompts if prompt.model is not None}
     if config.victim is not None:
         named.add(config.victim)
     if strangers := named - set(models.names):
-        known = ", ".join(models.names[:20])
-        raise AdapterUnknown(min(strangers), "the server has no model of that name", f"Served are: {known}.")
+        source = config.trace or config.dataset
+        name = min(strangers)
+        item = name if name == config.victim or source is None else f"{source}: model {name}"
+        rule, known = "is not among the models that are asked", ", ".join(models.names[:20])
+        raise AdapterUnknown(item, rule, f"They are: {known}.", adapter=name)
     sweep = config.sweep
     if sweep is not None and sweep.what == "adapters" and sweep.levels[-1] > len(models.adapters):
         rule = f"asks for {sweep.levels[-1]:g} adapters, {len(models.adapters)} are served"
@@ -303,15 +378,3 @@ def _offered(workload: Workload) -> float | None:
     if not workload.arrivals:
         return None
     return len(workload.arrivals) / workload.arrivals[-1] if workload.arrivals[-1] > 0 else None
-
-
-def _settled_counters(
-    url: str, before: dict[str, float], records: Sequence[RequestRecord]
-) -> dict[str, float]:
-    """The counters once they stand still: a server counts a request a moment after its last byte."""
-    for _ in range(20):
-        after = read_counters(url, scrape(url))
-        if all(count.agrees for count in compare_counters(before, after, records)):
-            break
-        time.sleep(0.1)
-    return after

@@ -41,7 +41,7 @@ def make_page(
         pictures=[(name, base64.b64encode(body).decode()) for name, body in pictures.items()],
         settings=json.dumps(settings, ensure_ascii=False, indent=2, default=str),
     )
-    return body.encode()
+    return body.encode(errors="replace")
 
 
 def _rows(table: Table) -> list[dict[str, Any]]:

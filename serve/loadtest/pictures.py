@@ -8,7 +8,6 @@ import warnings
 from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
-from serve.loadtest.records import RequestRecord
 from serve.loadtest.results import LoadTestResult, RunResult, SavedResult
 from serve.loadtest.stats import split_cold, values_of
 
@@ -61,6 +60,7 @@ def _draw(rows: int, columns: int, fill: Callable[[list[Axes]], None]) -> bytes:
     known = set(font_manager.fontManager.get_font_names())
     fonts = [name for name in _FONTS if name in known] or ["sans-serif"]
     settings: Any = {"font.family": fonts, "axes.grid": True, "grid.alpha": 0.3, "axes.axisbelow": True}
+    settings["text.parse_math"] = False  # a name may hold a dollar
     with matplotlib.rc_context(settings), warnings.catch_warnings():
         # a name in a script that no font here has is drawn as boxes, which is no news to anybody
         warnings.filterwarnings("ignore", message=".*[Gg]lyph.*")
@@ -83,8 +83,10 @@ def _sweep(result: LoadTestResult, axes: list[Axes]) -> None:
         for share, style in (("p50", "o-"), ("p99", "s--")):
             values = [getattr(getattr(run.figures.whole, metric), f"{share}_ms", math.nan) for run in runs]
             latency.plot(levels, values, style, color=color, label=f"{metric.upper()} {share}")
-    latency.set(title="latency", ylabel="milliseconds", yscale="log")
-    _plain_numbers(latency.yaxis)
+    latency.set(title="latency", ylabel="milliseconds")
+    if any(run.figures.whole.e2el for run in runs):
+        latency.set_yscale("log")
+        _plain_numbers(latency.yaxis)
     latency.legend()
     for panel in axes:
         panel.set(xlabel=_AXES.get(what, what), xscale="log")
@@ -105,24 +107,20 @@ def _sweep(result: LoadTestResult, axes: list[Axes]) -> None:
 
 def _ttft(result: LoadTestResult, axes: Axes) -> None:
     base, slots = result.server["base_model"], result.server["adapter_slots"]
-    cold: list[RequestRecord] = []
-    warm: list[RequestRecord] = []
-    of_base: list[RequestRecord] = []
-    for run in result.runs:
-        records = [*run.warmup, *run.run.records]
-        of_base += [record for record in records if record.model == base]
-        for group, some in zip((cold, warm), split_cold(records, base, slots), strict=True):
-            group += some
+    records = [record for run in result.runs for record in (*run.warmup, *run.run.records)]
+    cold, warm = split_cold(records, base, slots)
+    of_base = [record for record in records if record.model == base]
     for name, some, color in (("cold", cold, _ORANGE), ("warm", warm, _BLUE), ("base model", of_base, _GREY)):
         values = sorted(1e3 * value for value in values_of(some, "ttft"))
         if values:
             shares = [(place + 1) / len(values) for place in range(len(values))]
             axes.step(values, shares, where="post", color=color, label=f"{name} ({len(values)})")
-    axes.set(title="time to first token: adapter to be fetched (cold) or there (warm)", xscale="log")
+    axes.set(title="time to first token: adapter to be fetched (cold) or there (warm)")
     axes.set(xlabel="milliseconds", ylabel="share of requests", ylim=(0, 1.02))
-    _plain_numbers(axes.xaxis)
-    axes.tick_params(axis="x", which="both", rotation=30)
     if axes.lines:
+        axes.set_xscale("log")
+        _plain_numbers(axes.xaxis)
+        axes.tick_params(axis="x", which="both", rotation=30)
         axes.legend()
 
 
@@ -149,8 +147,11 @@ def _timeline(run: RunResult, axes: Axes) -> None:
     for record in bad:
         axes.axvline(record.sent_s, color=_RED, alpha=0.4, linewidth=1)
     title = f"requests over time ({run.label})" + (f", {len(bad)} failed (red)" if bad else "")
-    axes.set(title=title, xlabel="sent, seconds after the start", ylabel="milliseconds", yscale="log")
-    axes.legend()
+    axes.set(title=title, xlabel="sent, seconds after the start", ylabel="milliseconds")
+    if good:
+        axes.set_yscale("log")
+        _plain_numbers(axes.yaxis)
+        axes.legend()
 
 
 def _victim(result: LoadTestResult, axes: Axes) -> None:

@@ -16,14 +16,13 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any, BinaryIO
 
 from serve.loadtest.client import LoadPlan, ShareRunner
-from serve.loadtest.records import RequestRecord, RunRecord, ShareCost
+from serve.loadtest.records import INTERRUPTED, RequestRecord, RunRecord, ShareCost
 
-INTERRUPTED = "interrupted"
 SERVER_GONE = "the server no longer takes connections"
 _LEAD_S = 0.05  # from the order to start to the start
 _FLUSH_EVERY_S = 0.2
@@ -40,6 +39,7 @@ def run_load(plan: LoadPlan, processes: int = 1, on_record: OnRecord = lambda re
 
     Ctrl+C, or a server that takes no more connections, ends the run early: what was measured is kept.
     """
+    _allow_many_connections()
     if plan.max_concurrency is not None:
         processes = min(processes, plan.max_concurrency)
     outcome = _Outcome(on_record)
@@ -49,6 +49,15 @@ def run_load(plan: LoadPlan, processes: int = 1, on_record: OnRecord = lambda re
         _run_in_children(plan, processes, outcome)
     records = tuple(sorted(outcome.records, key=lambda record: record.sent_s))
     return RunRecord(records, tuple(outcome.costs), plan.requests, outcome.ended_early)
+
+
+def _allow_many_connections() -> None:
+    """As many open files as the system lets a process have; the children inherit it."""
+    with contextlib.suppress(ImportError, ValueError, OSError):
+        import resource  # not on Windows
+
+        _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
 
 
 @dataclass
@@ -85,40 +94,63 @@ async def _run_here(plan: LoadPlan, outcome: _Outcome) -> None:
 
 
 def _run_in_children(plan: LoadPlan, processes: int, outcome: _Outcome) -> None:
-    children = [_Child(plan, share, processes) for share in range(processes)]
-    messages: queue.Queue[tuple[_Child, Any]] = queue.Queue()
+    messages: queue.SimpleQueue[tuple[_Child | None, Any]] = queue.SimpleQueue()
+    children: list[_Child] = []
+    with _interrupts_as_messages(messages):
+        try:
+            for share in range(processes):
+                children.append(_Child(plan, share, processes))
+                children[-1].listen(messages)
+            _hear_children(children, messages, outcome)
+        finally:
+            for child in children:
+                child.end()
+
+
+def _hear_children(
+    children: list[_Child], messages: queue.SimpleQueue[tuple[_Child | None, Any]], outcome: _Outcome
+) -> None:
+    running, ready = set(children), 0
+    while running:
+        child, message = messages.get()
+        if child is None:
+            _stop(running, outcome, INTERRUPTED)
+        elif message == "ready":
+            ready += 1
+            if ready == len(children):
+                start = time.monotonic() + _LEAD_S
+                for each in children:
+                    each.tell(start)
+        elif isinstance(message, list):
+            for record in message:
+                outcome.add(record)
+        elif isinstance(message, _Done):
+            outcome.costs.append(message.cost)
+            running.discard(child)
+            if message.server_gone:
+                _stop(running, outcome, SERVER_GONE)
+        else:  # the pipe ended without a word
+            running.discard(child)
+            _stop(running, outcome, f"a client process ended with exit code {child.wait()}")
+
+
+@contextlib.contextmanager
+def _interrupts_as_messages(messages: queue.SimpleQueue[tuple[_Child | None, Any]]) -> Iterator[None]:
+    """The first Ctrl+C is a message, a second one ends at once; only the main thread can have it so."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.getsignal(signal.SIGINT)
+
+    def interrupted(*_: Any) -> None:
+        messages.put((None, None))
+        signal.signal(signal.SIGINT, before)
+
+    signal.signal(signal.SIGINT, interrupted)
     try:
-        for child in children:
-            child.listen(messages)
-        ready = 0
-        running = set(children)
-        while running:
-            try:
-                child, message = messages.get()
-                if message == "ready":
-                    ready += 1
-                    if ready == processes:
-                        start = time.monotonic() + _LEAD_S
-                        for each in children:
-                            each.tell(start)
-                elif isinstance(message, list):
-                    for record in message:
-                        outcome.add(record)
-                elif isinstance(message, _Done):
-                    outcome.costs.append(message.cost)
-                    running.discard(child)
-                    if message.server_gone:
-                        _stop(running, outcome, SERVER_GONE)
-                else:  # the pipe ended without a word
-                    running.discard(child)
-                    _stop(running, outcome, f"a client process ended with exit code {child.wait()}")
-            except KeyboardInterrupt:
-                if outcome.ended_early:
-                    raise
-                _stop(running, outcome, INTERRUPTED)
+        yield
     finally:
-        for child in children:
-            child.end()
+        signal.signal(signal.SIGINT, before)
 
 
 def _stop(children: set[_Child], outcome: _Outcome, why: str) -> None:
@@ -138,7 +170,10 @@ class _Child:
 
     def __init__(self, plan: LoadPlan, share: int, shares: int) -> None:
         self._process = subprocess.Popen(
-            [sys.executable, "-P", "-c", _CHILD], stdin=subprocess.PIPE, stdout=subprocess.PIPE
+            [sys.executable, "-P", "-c", _CHILD],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            start_new_session=True,  # Ctrl+C in the terminal is the parent's to hear
         )
         self.tell((plan, share, shares))
 
@@ -149,7 +184,7 @@ class _Child:
             pickle.dump(message, self._process.stdin)
             self._process.stdin.flush()
 
-    def listen(self, messages: queue.Queue[tuple[_Child, Any]]) -> None:
+    def listen(self, messages: queue.SimpleQueue[tuple[_Child | None, Any]]) -> None:
         """Put what it says on `messages`, and None when it ends."""
 
         def read() -> None:
@@ -182,10 +217,9 @@ class _Child:
 
 def child() -> None:
     """The program of a client process."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl+C reaches the whole group; the parent decides
-    orders = sys.stdin.buffer
-    with os.fdopen(os.dup(1), "wb") as answers:
-        os.dup2(2, 1)  # whatever prints is no answer
+    orders, answers = sys.stdin.buffer, os.fdopen(os.dup(1), "wb", buffering=0)
+    os.dup2(2, 1)  # whatever prints is no answer
+    with contextlib.suppress(EOFError, BrokenPipeError):  # the parent is gone
         plan, share, shares = pickle.load(orders)
         asyncio.run(_run_share(plan, share, shares, orders, answers))
     os._exit(0)  # the thread that listens for a stop still holds stdin, over which Python would stumble
@@ -193,8 +227,9 @@ def child() -> None:
 
 async def _run_share(plan: LoadPlan, share: int, shares: int, orders: BinaryIO, answers: BinaryIO) -> None:
     def say(message: Any) -> None:
-        pickle.dump(message, answers)
-        answers.flush()
+        data = memoryview(pickle.dumps(message))
+        while len(data):
+            data = data[answers.write(data) :]
 
     async def start() -> float:
         say("ready")

@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Literal
 
 Clock = Literal["kernel", "client"]
+INTERRUPTED = "interrupted"
 
 
 @dataclass(frozen=True)
 class RequestRecord:
     """`chunks_s` are the arrivals of the chunks that carry text, `done_s` that of the last one of all.
 
-    `due_s` is when the schedule wanted it sent (None in a closed loop). `answered_by` is the response's
-    `model`. `error` is a kind ("HTTP 404", "timeout"), `detail` the server's words. Token counts are the
-    server's usage; where it tells none, output tokens are chunks and prompt tokens 0.
+    `due_s` is when the schedule wanted it sent (None in a closed loop), `begun_s` when the client began to
+    prepare and to connect for it. `answered_by` is the response's `model`.
+    `error` is a kind ("HTTP 404", "timeout"), `detail` the server's words. Token counts are the server's
+    usage; where it tells none, output tokens are chunks and prompt tokens 0.
     """
 
     index: int
@@ -23,6 +25,7 @@ class RequestRecord:
     chunks_s: tuple[float, ...] = ()
     done_s: float = 0.0
     due_s: float | None = None
+    begun_s: float = 0.0
     prompt_number: int = 0
     prompt_tokens: int = 0
     output_tokens: int = 0
@@ -55,8 +58,8 @@ class RequestRecord:
 
     @property
     def lag_s(self) -> float | None:
-        """How much later than due it was sent; None in a closed loop."""
-        return None if self.due_s is None else self.sent_s - self.due_s
+        """How much later than due the client began with it; None in a closed loop."""
+        return None if self.due_s is None else self.begun_s - self.due_s
 
 
 @dataclass(frozen=True)
@@ -80,4 +83,3 @@ class RunRecord:
     costs: tuple[ShareCost, ...]
     planned: int | None
     ended_early: str | None = None
-    notes: tuple[str, ...] = field(default=())

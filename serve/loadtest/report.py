@@ -11,14 +11,16 @@ from serve.loadtest.check import CheckReport, Verdict
 from serve.loadtest.results import LoadTestResult, RunResult
 from serve.loadtest.stats import Percentiles, Summary
 from serve.loadtest.victim import VictimReport
+from vllm_lora_ext.spec import printable
 
-_MOST_ROWS = 24
-_EXAMPLES = 3
+MOST_ROWS = 24
+EXAMPLES = 3
+_RATES = slice(12, None)  # the columns of a row that are per second
 _NEAR_TIE = 1.0  # nats; rounding in bfloat16 moves a log-probability by tenths
 
 
-def run_table(run: RunResult, title: str) -> Table:
-    """One row per model, then the groups, the whole run last. Times in milliseconds."""
+def run_table(run: RunResult, title: str, most_rows: int = MOST_ROWS) -> Table:
+    """One row per model, at most so many, then the groups, the whole run last. Times in milliseconds."""
     with_goodput = run.figures.whole.goodput_per_s is not None
     table = Table(
         "model", "done", "errors", "TTFT p50", "p90", "p99", "ITL p50", "p99", "TPOT p50", "p99",
@@ -26,7 +28,7 @@ def run_table(run: RunResult, title: str) -> Table:
     )  # fmt: skip
     figures = run.figures
     models = sorted(figures.models, key=lambda item: -item.requests)
-    shown = models if len(models) <= _MOST_ROWS else models[:_MOST_ROWS]
+    shown = models[:most_rows]
     for item in shown:
         table.add_row(*_cells(item, with_goodput))
     if len(shown) < len(models):
@@ -35,21 +37,29 @@ def run_table(run: RunResult, title: str) -> Table:
     groups = [figures.base if figures.adapters else None, figures.adapters if figures.base else None]
     for group in (*groups, figures.cold, figures.warm if figures.cold else None, figures.whole):
         if group is not None:
-            table.add_row(*_cells(group, with_goodput))
+            cells = _cells(group, with_goodput)
+            if group is figures.cold:  # the warm-up's among them were not in the run
+                cells[_RATES] = ["-"] * len(cells[_RATES])
+            table.add_row(*cells)
     return table
 
 
-def run_lines(run: RunResult) -> Iterator[str]:
-    """What the table does not say, most important last."""
+def run_lines(run: RunResult, max_gap: float | None = None, examples: int = EXAMPLES) -> Iterator[str]:
+    """What the table does not say, most important last. `max_gap` is --check-max-gap."""
     figures = run.figures
     if figures.cold is not None:
-        yield "cold: the adapter had to be fetched, as far as a client can tell; the warm-up's are among them"
+        yield (
+            "cold: the adapter had to be fetched, as far as a client can tell; "
+            f"{figures.cold_in_load} of these requests in the run, the others in the warm-up"
+        )
     if (fair := figures.fairness) is not None:
         yield (
             f"fairness over {fair.adapters} adapters: Jain index {fair.jain_index:.3f} of the speed that "
             f"requests get; median TTFT of the worst ({fair.worst}) {fair.worst_ttft_ms:.1f} ms, "
             f"{fair.worst_to_median:.2f} times the median adapter's"
         )
+        if fair.unanswered:
+            yield f"UNANSWERED: {', '.join(fair.unanswered)}"
     if (share := figures.base_share) is not None and figures.adapters is not None:
         yield (
             f"base model against adapters: {share.requests_percent:.1f} % against "
@@ -66,7 +76,7 @@ def run_lines(run: RunResult) -> Iterator[str]:
     for record_kind, detail in _first_details(run):
         yield f"{record_kind}: {detail}"
     if run.check is not None:
-        yield from check_lines(run.check)
+        yield from check_lines(run.check, max_gap, examples)
     for count in run.counters:
         word = "agree" if count.agrees else "DIFFER"
         yield f"counters {word}: {count.what}: server {count.server}, client {count.client}"
@@ -83,7 +93,7 @@ def is_loud(line: str) -> bool:
     return line.split(":")[0].split("(")[0].strip().isupper() or " DIFFER" in line
 
 
-def check_lines(check: CheckReport) -> Iterator[str]:
+def check_lines(check: CheckReport, max_gap: float | None, examples: int) -> Iterator[str]:
     """What the check found, with both texts of each wrong answer that is shown."""
     known = [verdict.gap for verdict in check.changed if verdict.gap is not None]
     gaps = f", largest gap {max(known):.2f} nats" if known else ""
@@ -91,18 +101,21 @@ def check_lines(check: CheckReport) -> Iterator[str]:
         f"check: {check.compared} answers compared, {check.same} same, {len(check.changed)} changed{gaps}, "
         f"{len(check.wrong)} of a wrong identity"
     )
-    for one, other in check.undistinguished[:_EXAMPLES]:
+    for one, other in check.undistinguished[:examples]:
         yield f"check: {one} and {other} answer every question alike: nobody can tell them apart"
-    for verdict in sorted(check.changed, key=lambda verdict: -(verdict.gap or 0.0))[:_EXAMPLES]:
+    for verdict in sorted(check.changed, key=lambda verdict: -(verdict.gap or 0.0))[:examples]:
         yield f"changed: {_difference(verdict)}"
-    if beyond := len(check.beyond(_NEAR_TIE)):
-        yield f"changed: {beyond} of them by more than {_NEAR_TIE:g} nat, which is no near tie: ask why"
-    for verdict in check.wrong[:_EXAMPLES]:
-        yield f"WRONG IDENTITY: request {verdict.index} to {verdict.model} was answered as {verdict.other}"
-        yield f"  answer: {verdict.answer!r}"
-        yield f"  alone:  {verdict.alone!r}"
-    if len(check.wrong) > _EXAMPLES:
-        yield f"  ... and {len(check.wrong) - _EXAMPLES} more (all in --output or --json)"
+    limit = _NEAR_TIE if max_gap is None else max_gap
+    if beyond := len(check.beyond(limit)):
+        word = "changed" if max_gap is None else "CHANGED"
+        yield f"{word}: {beyond} of them by more than {limit:g} nats, which is no near tie: ask why"
+    for verdict in check.wrong[:examples]:
+        yield (
+            f"WRONG IDENTITY: request {verdict.index} to {verdict.model} was answered as {verdict.other}: "
+            f"{verdict.answer!r}; alone it answers {verdict.alone!r}"
+        )
+    if len(check.wrong) > examples:
+        yield f"WRONG IDENTITY: {len(check.wrong) - examples} more (all in --output or --json)"
 
 
 def sweep_table(result: LoadTestResult) -> Table:
@@ -170,7 +183,7 @@ def bench_command(settings_url: str, base: str, adapters: Sequence[str], run: Ru
 
 
 def _cells(item: Summary, with_goodput: bool) -> list[str]:
-    cells = [item.name, str(item.completed), _errors(item)]
+    cells = [printable(item.name), str(item.completed), _errors(item)]
     ttft = item.ttft
     cells += [_number(ttft.p50_ms), _number(ttft.p90_ms), _number(ttft.p99_ms)] if ttft else ["-"] * 3
     for value in (item.itl, item.tpot, item.e2el):

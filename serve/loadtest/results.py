@@ -20,10 +20,12 @@ from serve.loadtest.records import RequestRecord, RunRecord
 from serve.loadtest.stats import Figures
 from serve.loadtest.sweep import Saturation
 from serve.loadtest.victim import VictimReport
-from vllm_lora_ext.errors import BadData, OutputExists
+from vllm_lora_ext.errors import BadData, BadSetting, OutputExists
 
 RESULTS_FILE = "results.json"
 REQUESTS_FILE = "requests.csv"
+COMPARISON_FILE = "comparison.json"
+PAGE_FILE = "report.html"
 FORMAT = 1
 _COLUMNS = (
     "run", "phase", "index", "model", "due_s", "sent_s", "ttft_ms", "tpot_ms", "e2el_ms", "prompt_tokens",
@@ -86,6 +88,7 @@ class SavedRun:
     figures: Mapping[str, Any]
     check: Mapping[str, Any] | None
     client_bound: tuple[str, ...]
+    ended_early: str | None
     values: Mapping[str, Sequence[Sequence[float]]]
     done_s: Sequence[float]
     tokens: Sequence[int]
@@ -102,32 +105,40 @@ class SavedResult:
     runs: tuple[SavedRun, ...]
 
 
-def require_place(folder: Path, overwrite: bool) -> None:
-    """Make sure, before anything is measured, that results may be written to `folder`.
+def require_place(folder: Path, overwrite: bool, comparison: bool = False) -> None:
+    """Make sure, before anything is measured, that results may be written to `folder`, and can be.
 
     Raises:
-        OutputExists: something is there that is not ours to replace.
+        OutputExists: something is there that is not ours to replace; a comparison replaces comparisons only.
+        BadSetting: nothing can be written there.
     """
-    if not folder.exists():
-        return
-    ours = (folder / RESULTS_FILE).is_file()
-    if not folder.is_dir() or (any(folder.iterdir()) and not ours):
-        raise OutputExists(
-            str(folder), "holds something else than a load test's results", "Name another folder."
-        )
-    if ours and not overwrite:
-        raise OutputExists(str(folder), "holds earlier results", "Name another folder, or say --overwrite.")
+    folder = folder.resolve()
+    if folder.exists():
+        mark = COMPARISON_FILE if comparison else RESULTS_FILE
+        if not folder.is_dir() or (any(folder.iterdir()) and not _is_ours(folder, mark)):
+            what = "a comparison" if comparison else "a load test's results"
+            raise OutputExists(str(folder), f"holds something else than {what}", "Name another folder.")
+        if (folder / mark).is_file() and not overwrite:
+            rule = "holds earlier results"
+            raise OutputExists(str(folder), rule, "Name another folder, or say --overwrite.")
+    beside = _beside(folder)
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        beside.mkdir()
+        beside.rmdir()
+    except OSError as error:
+        raise BadSetting(f"--output {folder}", f"cannot be written ({error.strerror})") from error
 
 
-def write_folder(folder: Path, files: Mapping[str, bytes], overwrite: bool) -> None:
+def write_folder(folder: Path, files: Mapping[str, bytes], overwrite: bool, comparison: bool = False) -> None:
     """Write all files beside and rename, so that a folder is whole or as it was.
 
     Raises:
-        OutputExists: something came there meanwhile.
+        OutputExists, BadSetting: something came there meanwhile, or it can no longer be written.
     """
-    require_place(folder, overwrite)
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    beside = folder.with_name(f".{folder.name}.{os.getpid()}")
+    require_place(folder, overwrite, comparison)
+    folder = folder.resolve()
+    beside = _beside(folder)
     beside.mkdir()
     try:
         for name, body in files.items():
@@ -137,6 +148,24 @@ def write_folder(folder: Path, files: Mapping[str, bytes], overwrite: bool) -> N
         beside.rename(folder)
     finally:
         shutil.rmtree(beside, ignore_errors=True)
+
+
+def _is_ours(folder: Path, mark: str) -> bool:
+    """Whether every file is one that we write, and the JSON is of our form."""
+    known = {RESULTS_FILE, REQUESTS_FILE, COMPARISON_FILE, PAGE_FILE}
+    if any(
+        (entry.name not in known and entry.suffix != ".png") or entry.is_dir() for entry in folder.iterdir()
+    ):
+        return False
+    try:
+        body = json.loads((folder / mark).read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
+        return False
+    return isinstance(body, dict) and "format" in body and ("runs" in body or "comparison" in body)
+
+
+def _beside(folder: Path) -> Path:
+    return folder.with_name(f".{folder.name[:100]}.{os.getpid()}")
 
 
 def as_json(result: LoadTestResult, with_requests: bool = True) -> dict[str, Any]:
@@ -159,7 +188,7 @@ def as_json(result: LoadTestResult, with_requests: bool = True) -> dict[str, Any
 
 def json_bytes(body: Any) -> bytes:
     """JSON text; numbers that JSON does not know become null."""
-    return (json.dumps(_finite(body), ensure_ascii=False, indent=1) + "\n").encode()
+    return (json.dumps(_finite(body), ensure_ascii=False, indent=1) + "\n").encode(errors="replace")
 
 
 def requests_csv(result: LoadTestResult) -> bytes:
@@ -172,7 +201,7 @@ def requests_csv(result: LoadTestResult) -> bytes:
     for run in result.runs:
         for phase, records in (("warmup", run.warmup), ("load", run.run.records)):
             writer.writerows(_csv_row(run.label, phase, record) for record in records)
-    return text.getvalue().encode()
+    return text.getvalue().encode(errors="replace")
 
 
 def read_result(place: Path) -> SavedResult:
@@ -182,39 +211,49 @@ def read_result(place: Path) -> SavedResult:
         BadData: it is not one.
     """
     path = place / RESULTS_FILE if place.is_dir() else place
-    fix = f"Name a folder that --output made, or its {RESULTS_FILE}."
+    fix = f"Name a folder that --output of a run made, or its {RESULTS_FILE}."
     try:
         body = json.loads(path.read_text(encoding="utf-8"))
         if body["format"] != FORMAT:
-            raise BadData(str(path), f"is of format {body['format']}, not {FORMAT}", "Measure again.")
+            raise BadData(str(path), f"is of format {body['format']!r}, not {FORMAT}", "Measure again.")
         runs = tuple(map(_saved_run, body["runs"]))
-        return SavedResult(
-            path.resolve().parent.name, body["settings"], body["server"], body.get("sweep"), runs
-        )
+        settings, server = body["settings"], body["server"]
+        if not isinstance(settings, dict) or not isinstance(server, dict):
+            raise TypeError("no mapping")
+        return SavedResult(path.resolve().parent.name, settings, server, body.get("sweep"), runs)
     except OSError as error:
         raise BadData(str(path), f"cannot be read ({error.strerror})", fix) from error
     except BadData:
         raise
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise BadData(str(path), "is no result of a load test", fix) from error
+    except (ValueError, KeyError, IndexError, TypeError, AttributeError, RecursionError) as error:
+        raise BadData(str(path), "is no result of a load test, or a damaged one", fix) from error
 
 
 def _saved_run(body: Mapping[str, Any]) -> SavedRun:
-    requests = body["requests"]
+    """Raises an error of Python's if it is not what `_run_json` wrote."""
+    requests, figures, check = body["requests"], body["figures"], body.get("check")
     values = {
-        metric: [[value] for value in requests[metric] if value is not None]
+        metric: [[float(value)] for value in requests[metric] if value is not None]
         for metric in ("ttft_ms", "tpot_ms", "e2el_ms")
     }
-    values["itl_ms"] = requests["itl_ms"]
+    values["itl_ms"] = [[float(gap) for gap in gaps] for gaps in requests["itl_ms"]]
+    done_s, tokens = list(map(float, requests["done_s"])), list(map(int, requests["output_tokens"]))
+    if not len(done_s) == len(tokens) == len(values["e2el_ms"]):
+        raise ValueError("columns of different length")
+    float(figures["whole"]["output_tokens_per_s"])
+    if check is not None:
+        for kind in ("changed", "wrong"):
+            len(check[kind]) / max(1, check["compared"])
     return SavedRun(
-        label=body["label"],
-        level=body.get("level"),
-        figures=body["figures"],
-        check=body.get("check"),
+        label=str(body["label"]),
+        level=None if body.get("level") is None else float(body["level"]),
+        figures=figures,
+        check=check,
         client_bound=tuple(body["client_bound"]),
+        ended_early=body.get("ended_early"),
         values=values,
-        done_s=requests["done_s"],
-        tokens=requests["output_tokens"],
+        done_s=done_s,
+        tokens=tokens,
     )
 
 
@@ -269,7 +308,13 @@ def _csv_row(label: str, phase: str, record: RequestRecord) -> Iterator[Any]:
         "sent_s": _rounded(record.sent_s),
         "itl_ms": " ".join(str(_ms(gap)) for gap in record.itl_s),
     }
-    return (values[name] if name in values else getattr(record, name) for name in _COLUMNS)
+    cells = (values[name] if name in values else getattr(record, name) for name in _COLUMNS)
+    return (_no_formula(cell) if isinstance(cell, str) else cell for cell in cells)
+
+
+def _no_formula(text: str) -> str:
+    """What a server or a user wrote is text to a spreadsheet as well."""
+    return f"'{text}" if text.startswith(("=", "+", "@", "\t", "\r")) else text
 
 
 def _plain(value: Any) -> Any:

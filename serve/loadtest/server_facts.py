@@ -4,28 +4,49 @@ from __future__ import annotations
 
 import contextlib
 import difflib
+import json
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
+from urllib.parse import urlsplit
 
 import httpx2
 import openai
 
 from serve.client import make_client, uses_proxy
+from serve.loadtest.client import error_detail
 from serve.loadtest.workload import WORDS, TokenScale
-from vllm_lora_ext.errors import AdapterUnknown, ServerFailed, ServerUnreachable, VllmLoraError
+from vllm_lora_ext.errors import (
+    AdapterUnknown,
+    BadSetting,
+    ServerFailed,
+    ServerUnreachable,
+    VllmLoraError,
+)
 
 _FACTS_TIMEOUT_S = 60.0
+_PAGE_TIMEOUT_S = 10.0
+# What the client raises for a server that is not there, refuses, or answers something else than it should.
+_ODD_ANSWERS = (
+    openai.OpenAIError,
+    httpx2.HTTPError,
+    ValueError,
+    TypeError,
+    AttributeError,
+    IndexError,
+    RecursionError,
+)
 _MAX_LORA = re.compile(r'^vllm:lora_requests_info\{[^}]*max_lora="(\d+)"', re.MULTILINE)
 
 
 @dataclass(frozen=True)
 class ServedModels:
-    """`base` is None where the server does not tell which one it is."""
+    """`base` is None where the server does not tell which one it is. `all_names` are those not asked, too."""
 
     base: str | None
     adapters: tuple[str, ...]
+    all_names: tuple[str, ...]
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -42,18 +63,22 @@ def served_models(url: str) -> ServedModels:
     try:
         cards = list(make_client(url, _FACTS_TIMEOUT_S).models.list())
         parents = {card.id: (card.model_extra or {}).get("parent") for card in cards}
-    except (openai.OpenAIError, httpx2.HTTPError, ValueError, AttributeError) as error:
+        if not all(isinstance(name, str) and name for name in parents):
+            raise ValueError("a model without a name")
+        named = {parent for parent in parents.values() if isinstance(parent, str)}
+    except _ODD_ANSWERS as error:
         raise server_error(url, error) from error
-    named = {parent for parent in parents.values() if parent}
     roots = [name for name, parent in parents.items() if not parent]
     if len(parents) == 1 or (named and len(roots) >= 1):
         base = next((name for name in roots if name in named), roots[0])
-        return ServedModels(base, tuple(name for name in parents if name not in roots))
-    return ServedModels(None, tuple(parents))
+        return ServedModels(base, tuple(name for name in parents if name not in roots), tuple(parents))
+    return ServedModels(None, tuple(parents), tuple(parents))
 
 
-def chosen_models(url: str, wanted: Sequence[str]) -> ServedModels:
+def chosen_models(url: str, wanted: Sequence[str], ask: bool = True) -> ServedModels:
     """The models to ask: all that are served, or those of `wanted`, in their order.
+
+    One that is not listed may be served all the same, and is asked for a token, unless `ask` forbids it.
 
     Raises:
         AdapterUnknown: the server does not serve one of them.
@@ -65,10 +90,11 @@ def chosen_models(url: str, wanted: Sequence[str]) -> ServedModels:
             raise ServerFailed(url, "serves no model", "Is it ready?")
         return served
     for name in wanted:
-        if name not in served.names:
+        if name not in served.names and ask:
             _require_answer(url, name, served.names)
     adapters = tuple(dict.fromkeys(name for name in wanted if name != served.base))
-    return ServedModels(served.base if served.base in wanted else None, adapters)
+    names = tuple(dict.fromkeys((*served.all_names, *wanted)))
+    return ServedModels(served.base if served.base in wanted else None, adapters, names)
 
 
 def measure_scale(url: str, model: str) -> tuple[TokenScale, bool]:
@@ -81,10 +107,10 @@ def measure_scale(url: str, model: str) -> tuple[TokenScale, bool]:
     takes_ignore_eos = True
     try:
         few = _prompt_tokens(client, model, 8, takes_ignore_eos)
-    except openai.BadRequestError:
+    except (openai.BadRequestError, openai.UnprocessableEntityError):
         takes_ignore_eos = False
         few = _guarded(url, lambda: _prompt_tokens(client, model, 8, takes_ignore_eos))
-    except openai.OpenAIError as error:
+    except _ODD_ANSWERS as error:
         raise server_error(url, error) from error
     many = _guarded(url, lambda: _prompt_tokens(client, model, len(WORDS), takes_ignore_eos))
     if not 0 < few < many:
@@ -100,11 +126,23 @@ def adapter_slots(url: str) -> int | None:
     return int(found[1]) if found and int(found[1]) else None
 
 
+def server_version(url: str) -> str | None:
+    """What vLLM tells at `/version`; None elsewhere."""
+    text = _page(url, "version")
+    with contextlib.suppress(ValueError, KeyError, TypeError):
+        return str(json.loads(text or "")["version"])
+    return None
+
+
 def scrape(url: str) -> str | None:
     """The server's `/metrics`; None if it has none."""
-    with contextlib.suppress(httpx2.HTTPError):
+    return _page(url, "metrics")
+
+
+def _page(url: str, name: str) -> str | None:
+    with contextlib.suppress(httpx2.HTTPError, httpx2.InvalidURL):
         root = url.rstrip("/").removesuffix("/v1")
-        answer = httpx2.get(f"{root}/metrics", timeout=_FACTS_TIMEOUT_S, trust_env=uses_proxy(url))
+        answer = httpx2.get(f"{root}/{name}", timeout=_PAGE_TIMEOUT_S, trust_env=uses_proxy(url))
         if answer.status_code == httpx2.codes.OK:
             return answer.text
     return None
@@ -112,14 +150,38 @@ def scrape(url: str) -> str | None:
 
 def server_error(url: str, error: Exception) -> VllmLoraError:
     """Our error for one of the client's."""
+    if isinstance(error, openai.APITimeoutError):
+        return ServerUnreachable(
+            url, "takes a connection and does not answer", "Is it busy, or still starting?"
+        )
     if isinstance(error, openai.APIConnectionError):
         fix = "Start one with `vllm-lora serve`, or give --url."
-        return ServerUnreachable(url, "no server answers", fix)
+        return ServerUnreachable(url, f"no server answers ({error_detail(error)[:100]})", fix)
     if isinstance(error, openai.APIStatusError):
         fix = "Is OPENAI_API_KEY set?" if error.status_code in (401, 403) else ""
-        return ServerFailed(url, f"answers HTTP {error.status_code}: {error.message[:200].rstrip('.')}", fix)
+        words = error.body.get("message") if isinstance(error.body, dict) else None
+        told = f": {str(words)[:200].rstrip('.')}" if words else ""
+        return ServerFailed(url, f"answers HTTP {error.status_code}{told}", fix)
     rule = f"the answer cannot be read ({type(error).__name__})"
     return ServerFailed(url, rule, "Is it an OpenAI-compatible server?")
+
+
+def without_password(url: str) -> str:
+    """The URL as it may be shown and kept."""
+    parts = urlsplit(url)
+    return url.replace(f"{parts.netloc.rpartition('@')[0]}@", "", 1) if "@" in parts.netloc else url
+
+
+def require_url(url: str) -> None:
+    """Raises BadSetting for what is no address of a server."""
+    try:
+        parts = urlsplit(url)
+        sound = parts.scheme in ("http", "https") and bool(parts.hostname) and (parts.port or 1) > 0
+        httpx2.URL(url)
+    except (ValueError, httpx2.InvalidURL):
+        sound = False
+    if not sound:
+        raise BadSetting(f"--url {url!r}", "is no address of a server", "Write http://HOST:PORT.")
 
 
 def _require_answer(url: str, name: str, served: Sequence[str]) -> None:
@@ -130,14 +192,14 @@ def _require_answer(url: str, name: str, served: Sequence[str]) -> None:
         near = difflib.get_close_matches(name, served, n=1)
         fix = f"Did you mean {near[0]}?" if near else f"Served are: {', '.join(served[:20]) or 'none'}."
         raise AdapterUnknown(name, "the server has no model of that name", fix, adapter=name) from error
-    except (openai.OpenAIError, ValueError) as error:
+    except _ODD_ANSWERS as error:
         raise server_error(url, error) from error
 
 
 def _guarded(url: str, ask: Any) -> int:
     try:
         return int(ask())
-    except (openai.OpenAIError, ValueError) as error:
+    except _ODD_ANSWERS as error:
         raise server_error(url, error) from error
 
 
@@ -149,4 +211,5 @@ def _prompt_tokens(client: openai.OpenAI, model: str, words: int, ignore_eos: bo
         temperature=0.0,
         extra_body={"ignore_eos": True} if ignore_eos else None,
     )
-    return answer.usage.prompt_tokens if answer.usage else 0
+    tokens = answer.usage.prompt_tokens if answer.usage else 0
+    return tokens if type(tokens) is int else 0

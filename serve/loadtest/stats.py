@@ -61,7 +61,8 @@ class Fairness:
 
     `jain_index` is over each adapter's output tokens per second of its requests' time: 1 when all are alike,
     1/n when one gets all (Jain, Chiu, Hawe 1984). The worst adapter is the one with the highest median
-    TTFT; `worst_to_median` is that over the median adapter's.
+    TTFT; `worst_to_median` is that over the median adapter's. An adapter that was asked and never answered
+    counts with no speed at all; the times are those of the others.
     """
 
     adapters: int
@@ -69,6 +70,7 @@ class Fairness:
     worst: str
     worst_ttft_ms: float
     median_ttft_ms: float
+    unanswered: tuple[str, ...] = ()
 
     @property
     def worst_to_median(self) -> float:
@@ -86,13 +88,17 @@ class Share:
 
 @dataclass(frozen=True)
 class Figures:
-    """All figures of a run. `cold`: the adapter had to be fetched, as far as a client can tell."""
+    """All figures of a run. `cold`: the adapter had to be fetched, as far as a client can tell.
+
+    The warm-up's requests are among the cold ones; `cold_in_load` are those that are not.
+    """
 
     whole: Summary
     models: tuple[Summary, ...]
     base: Summary | None
     adapters: Summary | None
     cold: Summary | None
+    cold_in_load: int
     warm: Summary | None
     fairness: Fairness | None
     base_share: Share | None
@@ -144,8 +150,13 @@ def figures_of(
     warmup: Sequence[RequestRecord] = (),
     slots: int | None = None,
     goodput: Goodput | None = None,
+    asked_before: Sequence[str] = (),
 ) -> Figures:
-    """All figures of a run; the warm-up's requests count for cold against warm only."""
+    """All figures of a run.
+
+    The warm-up's requests count for the times of cold ones only, not for rates. `asked_before` are the
+    models that were asked before the warm-up, the last one last.
+    """
     wall = wall_s(records)
 
     def summary(name: str, some: Sequence[RequestRecord]) -> Summary | None:
@@ -156,8 +167,9 @@ def figures_of(
     models = tuple(summarise(name, by_model[name], wall, goodput) for name in names)
     of_base = by_model.get(base or "", [])
     of_adapters = [record for record in records if record.model != base]
-    cold, warm = split_cold([*warmup, *records], base, slots)
+    cold, warm = split_cold([*warmup, *records], base, slots, asked_before)
     of_warmup = set(map(id, warmup))
+    cold_in_load = sum(id(record) not in of_warmup for record in cold)
     whole = summarise("all", records, wall, goodput)
     return Figures(
         whole=whole,
@@ -165,6 +177,7 @@ def figures_of(
         base=summary(f"base model ({base})", of_base) if base else None,
         adapters=summary("adapters", of_adapters),
         cold=summary("cold", cold),
+        cold_in_load=cold_in_load,
         warm=summary("warm", [record for record in warm if id(record) not in of_warmup]),
         fairness=fairness_of({name: own for name, own in by_model.items() if name != base}),
         base_share=_share_of(of_base, records) if base else None,
@@ -179,31 +192,39 @@ def wall_s(records: Sequence[RequestRecord]) -> float:
 
 
 def split_cold(
-    records: Sequence[RequestRecord], base: str | None, slots: int | None
+    records: Sequence[RequestRecord], base: str | None, slots: int | None, asked_before: Sequence[str] = ()
 ) -> tuple[list[RequestRecord], list[RequestRecord]]:
-    """Requests of adapters, cold and warm.
+    """Requests of adapters, cold and warm; `asked_before` are models in the order in which they were asked.
 
     A request is cold if its adapter is not among the `slots` adapters that were asked last: what a server
     that evicts the least recently used one has to fetch. Without `slots` only an adapter's first one is.
     """
     recent: OrderedDict[str, None] = OrderedDict()
+
+    def ask(model: str) -> bool:
+        there = model in recent
+        recent[model] = None
+        recent.move_to_end(model)
+        if slots is not None and len(recent) > slots:
+            recent.popitem(last=False)
+        return there
+
+    for model in asked_before:
+        if model != base:
+            ask(model)
     cold: list[RequestRecord] = []
     warm: list[RequestRecord] = []
     for record in records:
-        if record.model == base:
-            continue
-        (warm if record.model in recent else cold).append(record)
-        recent[record.model] = None
-        recent.move_to_end(record.model)
-        if slots is not None and len(recent) > slots:
-            recent.popitem(last=False)
+        if record.model != base:
+            (warm if ask(record.model) else cold).append(record)
     return cold, warm
 
 
 def fairness_of(by_adapter: Mapping[str, Sequence[RequestRecord]]) -> Fairness | None:
-    """Fairness between adapters; None with fewer than two that were answered."""
+    """Fairness between adapters; None with fewer than two of them, or no answer at all."""
     speeds: list[float] = []
     ttft: dict[str, float] = {}
+    unanswered: list[str] = []
     for name, records in by_adapter.items():
         good = [record for record in records if record.error is None]
         first = values_of(good, "ttft")
@@ -211,10 +232,14 @@ def fairness_of(by_adapter: Mapping[str, Sequence[RequestRecord]]) -> Fairness |
         if first and spent > 0:
             speeds.append(sum(record.output_tokens for record in good) / spent)
             ttft[name] = percentile(first, 0.5) * 1e3
-    if len(ttft) < 2:
+        elif not good:
+            speeds.append(0.0)
+            unanswered.append(name)
+    if len(speeds) < 2 or not ttft:
         return None
     worst = max(ttft, key=lambda name: ttft[name])
-    return Fairness(len(ttft), jain_index(speeds), worst, ttft[worst], percentile(list(ttft.values()), 0.5))
+    median = percentile(list(ttft.values()), 0.5)
+    return Fairness(len(speeds), jain_index(speeds), worst, ttft[worst], median, tuple(unanswered))
 
 
 def jain_index(values: Sequence[float]) -> float:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal
@@ -12,7 +13,7 @@ from vllm_lora_ext.errors import BadSetting
 
 What = Literal["adapters", "rate", "concurrency"]
 KEEPS_UP = 0.95  # of the offered rate
-GAINS = 1.05  # more concurrency that gains less has nothing left to gain
+GAINS = 1.05  # twice the concurrency that gains less has nothing left to gain
 LOSES = 0.90  # of the throughput with fewer adapters
 _MORE_LEVELS = 4  # to bracket and to narrow
 _CLOSE = 1.2  # the point is known to this factor
@@ -28,34 +29,42 @@ class Sweep:
 
 @dataclass(frozen=True)
 class Point:
-    """One level's outcome: `offered_per_s` is None in a closed loop."""
+    """One level's outcome. `kept_up` is `keeping_up`'s; `client_bound` that it says nothing of the server."""
 
     level: float
     output_tokens_per_s: float
-    errors: int
-    offered_per_s: float | None = None
-    kept_up: float | None = None
+    errors: int = 0
+    kept_up: float = 1.0
+    client_bound: bool = False
 
 
 @dataclass(frozen=True)
 class Saturation:
-    """`holds` is the highest level that the server holds, `breaks` the lowest that it does not (or None)."""
+    """`holds` is the highest level that the server holds, `breaks` the lowest that it does not (or None).
+
+    `unknown_from` is the level from which on nothing is known, and `why`: the client was the limit, or it
+    ended there.
+    """
 
     what: What
     holds: float | None
     breaks: float | None
+    unknown_from: float | None = None
+    why: str = ""
 
     def __str__(self) -> str:
         unit = {"adapters": "adapters", "rate": "requests/s", "concurrency": "requests in flight"}[self.what]
+        beyond = (
+            f"; nothing is known at {self.unknown_from:g}: {self.why}"
+            if self.unknown_from is not None
+            else ""
+        )
         if self.breaks is None:
-            return (
-                f"not saturated: {self.holds:g} {unit} are held"
-                if self.holds is not None
-                else "nothing was measured"
-            )
+            held = "nothing was held" if self.holds is None else f"{self.holds:g} {unit} are held"
+            return f"{'not found' if beyond else 'not saturated'}: {held}{beyond}"
         if self.holds is None:
-            return f"saturated at {self.breaks:g} {unit} already"
-        return f"saturated between {self.holds:g} and {self.breaks:g} {unit}"
+            return f"saturated at {self.breaks:g} {unit} already{beyond}"
+        return f"saturated between {self.holds:g} and {self.breaks:g} {unit}{beyond}"
 
 
 def parse_sweep(text: str) -> Sweep:
@@ -72,41 +81,58 @@ def parse_sweep(text: str) -> Sweep:
         numbers = tuple(sorted({float(level) for level in levels.split(",")}))
     except ValueError:
         numbers = (0.0,)
-    if numbers[0] <= 0 or (what != "rate" and any(number % 1 for number in numbers)):
-        raise BadSetting(f"--sweep {text}", "its levels are not numbers above 0", fix)
+    whole = "" if what == "rate" else "whole "
+    if not all(0 < number < math.inf and (what == "rate" or not number % 1) for number in numbers):
+        raise BadSetting(f"--sweep {text}", f"its levels are not {whole}numbers above 0", fix)
     return Sweep(what, numbers)  # type: ignore[arg-type]
 
 
 def keeping_up(records: Sequence[RequestRecord]) -> float:
-    """The rate at which answers came over the rate at which requests were due: 1 when no queue grows.
+    """The rate at which answers come over that at which requests are due, at the most; 1: no queue grows.
 
-    Both are taken over the middle 90 % of the events, so that neither the first answer nor the last counts.
+    A queue that grows makes each request wait longer than the one before: the slope of the time from due
+    to done, over when it was due, is offered rate / served rate - 1. It is taken by least squares over the
+    last four fifths of the requests, less two standard errors, so that answers of different lengths
+    are no queue.
     """
-    if len(records) < 3:
+    points = sorted(
+        (record.due_s, record.done_s - record.due_s) for record in records if record.due_s is not None
+    )
+    points = points[len(points) // 5 :]
+    if len(points) < 4:
         return 1.0
-    due = sorted(record.sent_s if record.due_s is None else record.due_s for record in records)
-    done = sorted(record.done_s for record in records)
-    cut = len(records) // 20
-    first, last = cut, len(records) - 1 - cut
-    return min(1.0, (due[last] - due[first]) / max(1e-9, done[last] - done[first]))
+    due, waited = [x for x, _ in points], [y for _, y in points]
+    mean_due, mean_waited = statistics.fmean(due), statistics.fmean(waited)
+    spread = sum((moment - mean_due) ** 2 for moment in due)
+    if spread == 0:
+        return 1.0
+    slope = sum((x - mean_due) * (y - mean_waited) for x, y in points) / spread
+    rest = sum((y - mean_waited - slope * (x - mean_due)) ** 2 for x, y in points)
+    error = math.sqrt(rest / (len(points) - 2) / spread)
+    growth: float = max(0.0, slope - 2 * error)
+    return 1 / (1 + growth)
 
 
 def saturation_of(what: What, points: Sequence[Point]) -> Saturation:
     """The saturation that some points show.
 
-    A rate is held if no queue grows and no request fails. A number of adapters is held if the throughput
-    is within 10 % of the best with fewer. A concurrency is held if it brings 5 % more than the one below it.
+    A level with failed requests is not held. A rate is held if no queue grows; a number of adapters if
+    the throughput is within 10 % of the best with fewer; a concurrency if it brings 5 % more for each
+    doubling from the one below it. Of a level where the client was the limit nothing is known.
     """
-    points = sorted(points, key=lambda point: point.level)
-    holds, best = None, 0.0
-    for point in points:
+    holds: float | None = None
+    best = 0.0
+    for point in sorted(points, key=lambda point: point.level):
+        if point.client_bound:
+            return Saturation(what, holds, None, point.level, "the client was the limit")
         if what == "rate":
-            good = (point.kept_up or 0.0) >= KEEPS_UP and point.errors == 0
+            good = point.kept_up >= KEEPS_UP
         elif what == "adapters":
             good = point.output_tokens_per_s >= LOSES * best
         else:
-            good = point.output_tokens_per_s >= GAINS * best
-        if not good:
+            doublings = math.log2(point.level / holds) if holds else 0.0
+            good = point.output_tokens_per_s >= best * GAINS**doublings
+        if point.errors or not good:
             return Saturation(what, holds, point.level)
         holds, best = point.level, max(best, point.output_tokens_per_s)
     return Saturation(what, holds, None)
@@ -117,6 +143,8 @@ def next_level(saturation: Saturation, most: float | None) -> float | None:
 
     `most` is the highest level there can be (adapters that exist).
     """
+    if saturation.unknown_from is not None:
+        return None
     if saturation.breaks is None:
         further = 2 * (saturation.holds or 1.0)
         if most is not None:
@@ -143,13 +171,21 @@ def run_sweep(
     """
     points: list[Point] = []
     for level in sweep.levels:
-        point = measure(level)
-        if point is None:
-            return saturation_of(sweep.what, points)
+        if (point := measure(level)) is None:
+            return _ended(sweep.what, points, level)
         points.append(point)
     for _ in range(_MORE_LEVELS):
-        level_or_none = next_level(saturation_of(sweep.what, points), most)
-        if level_or_none is None or (point := measure(level_or_none)) is None:
+        further = next_level(saturation_of(sweep.what, points), most)
+        if further is None:
             break
+        if (point := measure(further)) is None:
+            return _ended(sweep.what, points, further)
         points.append(point)
     return saturation_of(sweep.what, points)
+
+
+def _ended(what: What, points: Sequence[Point], level: float) -> Saturation:
+    found = saturation_of(what, points)
+    if found.breaks is not None or found.unknown_from is not None:
+        return found
+    return Saturation(what, found.holds, None, level, "it ended there")

@@ -11,6 +11,7 @@ import asyncio
 import itertools
 import math
 import time
+import uuid
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,11 +23,12 @@ import openai
 from serve.client import uses_proxy
 from serve.loadtest.client import Exchange, load_client
 from serve.loadtest.intervals import Ratio, percentile_ratio
-from serve.loadtest.records import RequestRecord
+from serve.loadtest.records import INTERRUPTED, RequestRecord
 from serve.loadtest.stats import percentile
 from serve.loadtest.workload import PlannedRequest
 from vllm_lora_ext.errors import ServerFailed
 
+_LOAD_TIMEOUT_S = 600.0
 _PACE_S = 0.25  # between two disturbances
 _SETTLE_S = 0.5  # between two windows
 
@@ -105,20 +107,24 @@ class LoadOthers:
     def __init__(self, url: str, folders: Sequence[Path]) -> None:
         self.how = f"{_counted(len(folders), 'folder')} loaded and unloaded in turn"
         self._root = url.rstrip("/").removesuffix("/v1")
-        self._control = httpx2.AsyncClient(timeout=600.0, trust_env=uses_proxy(url))
+        self._trust_env = uses_proxy(url)
         self._turn = itertools.cycle(folders)
-        self._number = itertools.count()
 
     async def __call__(self, client: openai.AsyncOpenAI) -> None:
         """Load, ask and unload the next one."""
-        folder = next(self._turn)
-        name = f"loadtest-{next(self._number)}"
-        await self._post("load_lora_adapter", {"lora_name": name, "lora_path": str(folder.resolve())})
-        await ask_one_token(client, name)
-        await self._post("unload_lora_adapter", {"lora_name": name})
+        name = f"loadtest-{uuid.uuid4().hex[:12]}"
+        await self._post(client, "load_lora_adapter", name, str(next(self._turn).resolve()))
+        try:
+            await ask_one_token(client, name)
+        finally:
+            await self._post(client, "unload_lora_adapter", name)
 
-    async def _post(self, what: str, body: dict[str, str]) -> None:
-        answer = await self._control.post(f"{self._root}/v1/{what}", json=body)
+    async def _post(
+        self, client: openai.AsyncOpenAI, what: str, name: str, folder: str | None = None
+    ) -> None:
+        body = {"lora_name": name} if folder is None else {"lora_name": name, "lora_path": folder}
+        async with httpx2.AsyncClient(timeout=_LOAD_TIMEOUT_S, trust_env=self._trust_env) as control:
+            answer = await control.post(f"{self._root}/v1/{what}", json=body, headers=client.auth_headers)
         if answer.status_code == httpx2.codes.NOT_FOUND:
             fix = "vLLM has it with VLLM_ALLOW_RUNTIME_LORA_UPDATING=1."
             raise ServerFailed(f"/v1/{what}", "is not there", fix)
@@ -134,7 +140,7 @@ async def ask_one_token(client: openai.AsyncOpenAI, model: str) -> None:
     """
     request = PlannedRequest(0, model, ({"role": "user", "content": "Hello"},), 0, 1)
     exchange = Exchange(request, 0.0, keep_text=False)
-    await exchange.run(client, {"temperature": 0.0, "extra_body": {}}, timeout_s=600.0)
+    await exchange.run(client, {"temperature": 0.0, "extra_body": {}}, timeout_s=_LOAD_TIMEOUT_S)
     record = exchange.record()
     if record.error is not None and record.error != "no answer":  # one token may be no text
         raise ServerFailed(model, f"{record.error} {record.detail}".strip())
@@ -203,6 +209,10 @@ async def _observe(
                 if failures:
                     break
                 await asyncio.sleep(_SETTLE_S)
+        except asyncio.CancelledError:  # Ctrl+C: the windows that are whole are kept
+            failures.append(INTERRUPTED)
+            if (task := asyncio.current_task()) is not None:
+                task.uncancel()
         finally:
             stopped.set()
             for stream in streams:
@@ -244,13 +254,14 @@ async def _stream(
 ) -> None:
     while not stopped.is_set():
         exchange = Exchange(plan.requests(next(numbers)), start, keep_text=False)
-        await exchange.run(client, plan.sampling, plan.timeout_s)
-        record = exchange.record()
-        if stopped.is_set():  # what was cut off by us is no error, and its chunks count
-            records.append(RequestRecord(record.index, record.model, record.sent_s, record.chunks_s))
-            return
-        records.append(record)
-        if record.error is not None:
+        try:
+            await exchange.run(client, plan.sampling, plan.timeout_s)
+        except asyncio.CancelledError:  # cut off at the end is no error, and its chunks count
+            cut = exchange.record()
+            records.append(RequestRecord(cut.index, cut.model, cut.sent_s, cut.chunks_s))
+            raise
+        records.append(exchange.record())
+        if records[-1].error is not None:
             await asyncio.sleep(_PACE_S)
 
 

@@ -78,7 +78,8 @@ class Workload:
     """`arrivals` in seconds make it an open loop; without them it is a closed one.
 
     `prompts` come from a file, in turn; without them prompts of random words are made. `pool` limits
-    how many different prompts there are.
+    how many different prompts there are. Another `series` has other random words, so that no run finds
+    its prompts in the server's prefix cache.
     """
 
     popularity: Popularity
@@ -88,6 +89,7 @@ class Workload:
     arrivals: Sequence[float] | None = None
     prompts: Sequence[Prompt] = ()
     pool: int | None = None
+    series: str = ""
     scale: TokenScale = field(default_factory=TokenScale)
 
     def request(self, index: int) -> PlannedRequest:
@@ -102,7 +104,7 @@ class Workload:
     def ask(self, number: int, model: str, index: int = 0, due_s: float | None = None) -> PlannedRequest:
         """Prompt `number` as a request; a prompt that names its own model goes to that one."""
         prompt = self.prompts[number % len(self.prompts)] if self.prompts else Prompt(None)
-        chance = random.Random(f"{self.seed}/prompt/{number}")
+        chance = random.Random(f"{self.seed}/{self.series}/prompt/{number}")
         tokens = prompt.input_tokens or self.input_length.draw(chance)
         return PlannedRequest(
             index=index,

@@ -105,7 +105,8 @@ FAILURES: dict[str, tuple[KnownAnswer, str]] = {
     "busy": (KnownAnswer(("try later",), status=429), "HTTP 429"),
     "broken": (KnownAnswer(("sorry",), status=500), "HTTP 500"),
     "cut": (KnownAnswer(("a", "b", "c"), 0.0, 0.01, cut_after=2), "connection broken"),
-    "silent": (KnownAnswer(()), "no answer"),
+    "short": (KnownAnswer(("a", "b"), finished=False), "cut short"),
+    "silent": (KnownAnswer((), finished=False), "no answer"),
     "slow": (KnownAnswer(("a",), 5.0), "timeout"),
 }
 
@@ -123,6 +124,36 @@ def test_an_error_is_counted_by_its_kind_and_never_tried_again(serve: Serve, kin
     assert Counter(record.error for record in run.records) == {expected: 3, None: 3}
     assert len(asked) == 6
     assert all(record.detail for record in run.records if record.error)
+
+
+def test_figures_are_the_servers_even_where_the_client_is_busy_all_the_time() -> None:
+    """64 requests leave at once and keep one event loop busy for longer than the time between two tokens."""
+    with known_server() as url:
+        run = run_load(plan(url, 128, max_concurrency=64, keep_text=True))
+    true = [as_the_server_saw(record) for record in run.records]
+    for metric in ("ttft", "itl", "tpot", "e2el"):
+        for share in (0.5, 0.9):
+            ours, servers = values_of(run.records, metric), values_of(true, metric)
+            assert percentile(ours, share) == pytest.approx(percentile(servers, share), rel=0.05)
+
+
+def test_an_answer_without_a_text_is_an_answer_and_odd_usage_is_none(serve: Serve) -> None:
+    run = run_load(plan(serve(lambda body: KnownAnswer(())).url, 4))
+    assert {record.error for record in run.records} == {None}
+    odd = serve(lambda body: KnownAnswer(("a", "b"), usage={"prompt_tokens": None, "completion_tokens": "x"}))
+    run = run_load(plan(odd.url, 4))
+    assert {(record.error, record.output_tokens) for record in run.records} == {(None, 2)}
+
+
+def test_streams_that_break_one_after_the_other_do_not_make_a_server_gone(serve: Serve) -> None:
+    run = run_load(plan(serve(lambda body: FAILURES["cut"][0]).url, 12, max_concurrency=1))
+    assert run.ended_early is None
+    assert Counter(record.error for record in run.records) == {"connection broken": 12}
+
+
+def test_no_time_is_negative_however_fast_the_answer_comes(serve: Serve) -> None:
+    run = run_load(plan(serve(lambda body: KnownAnswer(("a",))).url, 40))
+    assert all((record.ttft_s or 0) > 0 for record in run.records)
 
 
 @pytest.mark.parametrize("processes", [1, 2])

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import csv
 import json
+import os
 import re
+import signal
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -62,11 +64,53 @@ def test_the_output_folder_holds_all_of_it(serve: Serve, tmp_path: Path, capsys:
     assert (folder / "ttft.png").read_bytes().startswith(b"\x89PNG")
 
 
+def test_a_run_without_a_single_answer_is_reported_and_written(serve: Serve, tmp_path: Path) -> None:
+    def broken(body: Mapping[str, Any]) -> KnownAnswer:
+        return KnownAnswer(("sorry",), status=500) if body.get("stream") else identity_answer(body)
+
+    assert loadtest(serve(broken), "--num-prompts", "4", "--output", tmp_path / "out") == 1
+    assert {path.name for path in (tmp_path / "out").iterdir()} == FILES
+
+
+def test_names_that_look_like_formulas_are_drawn_as_they_are(serve: Serve, tmp_path: Path) -> None:
+    cards = [{"id": name} for name in ("$x_$", "a$\\frac{$", "=1+1")]
+    server = serve(lambda body: KnownAnswer(("a",)), cards)
+    assert loadtest(server, "--num-prompts", "6", "--output", tmp_path / "out") == 0
+    assert {path.name for path in (tmp_path / "out").iterdir()} == FILES
+    assert "'=1+1" in (tmp_path / "out" / "requests.csv").read_text()
+
+
+def test_a_folder_that_cannot_be_written_is_told_before_the_run(serve: Serve, tmp_path: Path) -> None:
+    asked: list[int] = []
+
+    def answer(body: Mapping[str, Any]) -> KnownAnswer:
+        asked.append(1)
+        return identity_answer(body)
+
+    (tmp_path / "file").write_text("")
+    for place in (tmp_path / "file" / "sub", tmp_path / "file", Path("/proc/nothing/here")):
+        assert loadtest(serve(answer), "--num-prompts", "4", "--output", place) == 2
+    assert not asked
+
+
+def test_a_link_to_a_folder_is_followed(serve: Serve, tmp_path: Path) -> None:
+    (tmp_path / "real").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "real")
+    assert loadtest(serve(), "--num-prompts", "4", "--output", tmp_path / "link") == 0
+    assert (tmp_path / "real" / "results.json").is_file()
+
+
 def test_a_folder_that_holds_something_is_never_overwritten(serve: Serve, tmp_path: Path) -> None:
     server = serve()
+    foreign = tmp_path / "foreign"
+    foreign.mkdir()
+    (foreign / "results.json").write_text("{}")
+    (foreign / "thesis.txt").write_text("mine")
+    assert loadtest(server, "--num-prompts", "4", "--output", foreign, "--overwrite") == 2
+    assert (foreign / "thesis.txt").read_text() == "mine"
     (tmp_path / "mine.txt").write_text("mine")
     assert loadtest(server, "--num-prompts", "4", "--output", tmp_path, "--overwrite") == 2
-    assert [path.name for path in tmp_path.iterdir() if path.name != "cache"] == ["mine.txt"]
+    assert (tmp_path / "mine.txt").read_text() == "mine"
     results = tmp_path / "results"
     assert loadtest(server, "--num-prompts", "4", "--output", results) == 0
     assert loadtest(server, "--num-prompts", "4", "--output", results) == 2
@@ -85,8 +129,13 @@ def test_a_wrong_identity_fails_with_both_texts(serve: Serve, capsys: Captured) 
 
     assert loadtest(serve(mixed_up), "--num-prompts", "30", "--check") == 1
     out = capsys.readouterr().out
-    assert "to base was answered as otto" in out
-    assert "I am otto" in out and "I am base" in out
+    assert "to base was answered as otto: 'I am otto" in out
+    assert "alone it answers 'I am base" in out
+    flags = ("--models", "base", "xiaoli", "--num-prompts", "12", "--check")
+    assert loadtest(serve(mixed_up), *flags) == 1, "otto was not asked, and is served"
+    assert "to base was answered as otto" in capsys.readouterr().out
+    assert loadtest(serve(mixed_up), "--sweep", "adapters=1,2", "--num-prompts", "12", "--check") == 1
+    assert "alone it answers 'I am base" in " ".join(capsys.readouterr().out.split())
 
 
 def test_drift_at_a_near_tie_is_counted_and_does_not_fail(serve: Serve, capsys: Captured) -> None:
@@ -105,6 +154,7 @@ def test_drift_at_a_near_tie_is_counted_and_does_not_fail(serve: Serve, capsys: 
     assert "12 changed, largest gap 0.02 nats, 0 of a wrong identity" in out
     assert "at token 4: 'done ' for 'made ', gap 0.020 nats" in out
     assert loadtest(server, "--num-prompts", "12", "--check", "--check-max-gap", "0.01") == 1
+    assert "CHANGED: 12 of them by more than 0.01 nats" in capsys.readouterr().out
 
 
 def test_a_server_without_logprobs_or_ignore_eos_is_checked_by_its_texts(
@@ -165,6 +215,79 @@ def test_failed_requests_are_told_with_the_servers_words(serve: Serve, capsys: C
     assert "6 x HTTP 429" in out and "otto is being admitted" in out
 
 
+def test_everything_at_once_is_a_load_too(serve: Serve, capsys: Captured) -> None:
+    assert loadtest(serve(), "--num-prompts", "20", "--request-rate", "inf") == 0
+    assert "all at once" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("url", ["localhost:8000", "ftp://host", "http://127.0.0.1:abc", "http://[::1", ""])
+def test_what_is_no_address_is_bad_input(url: str, capsys: Captured) -> None:
+    assert loadtest(url, "--num-prompts", "4") == 2
+    assert "http://HOST:PORT" in capsys.readouterr().err
+
+
+def test_a_password_in_the_address_is_kept_nowhere(serve: Serve, tmp_path: Path, capsys: Captured) -> None:
+    url = serve().url.replace("http://", "http://me:secret@")
+    assert loadtest(url, "--num-prompts", "4", "--output", tmp_path / "out") == 0
+    assert "secret" not in capsys.readouterr().out
+    for path in (tmp_path / "out").iterdir():
+        assert b"secret" not in path.read_bytes()
+
+
+def test_counters_that_fail_after_the_run_cost_nothing_that_was_measured(
+    serve: Serve, tmp_path: Path, capsys: Captured
+) -> None:
+    asked: list[int] = []
+
+    def page() -> str:
+        asked.append(1)
+        if len(asked) > 4:
+            return "vllm:request_success_total NaN\n"
+        names = ("request_success", "prompt_tokens", "generation_tokens")
+        return "".join(f"vllm:{name}_total 0\n" for name in names)
+
+    server = serve(pages={"/metrics": ("text/plain", page)})
+    assert loadtest(server, "--num-prompts", "8", "--prometheus", "--output", tmp_path / "out") == 1
+    assert (tmp_path / "out" / "results.json").is_file()
+
+
+@pytest.mark.parametrize("processes", ["1", "2"])
+def test_ctrl_c_ends_with_130_and_what_was_measured_is_written(
+    serve: Serve, tmp_path: Path, processes: str
+) -> None:
+    asked: list[int] = []
+
+    def answer(body: Mapping[str, Any]) -> KnownAnswer:
+        asked.append(1)
+        if len(asked) == 40:
+            os.kill(os.getpid(), signal.SIGINT)
+        return identity_answer(body)
+
+    flags = ("--num-prompts", "50000", "--client-processes", processes, "--output", tmp_path / "out")
+    assert loadtest(serve(answer), *flags) == 130
+    (run,) = json.loads((tmp_path / "out" / "results.json").read_text())["runs"]
+    assert run["ended_early"] == "interrupted" and run["figures"]["whole"]["completed"] > 10
+
+
+@pytest.mark.parametrize("stage", ["warm-up", "victim", "sweep"])
+def test_ctrl_c_at_other_times_ends_with_130(serve: Serve, tmp_path: Path, stage: str) -> None:
+    asked: list[int] = []
+
+    def answer(body: Mapping[str, Any]) -> KnownAnswer:
+        asked.append(1)
+        if len(asked) == {"warm-up": 4, "victim": 60, "sweep": 30}[stage]:
+            os.kill(os.getpid(), signal.SIGINT)
+        return KnownAnswer(("word ",) * 4, 0.05, 0.01)
+
+    flags = {
+        "warm-up": ("--num-prompts", "50"),
+        "victim": ("--victim", "marina", "--victim-window", "1"),
+        "sweep": ("--sweep", "concurrency=1,2,4", "--num-prompts", "16"),
+    }[stage]
+    assert loadtest(serve(answer), *flags, "--output", tmp_path / "out") == 130
+    assert (tmp_path / "out").exists() == (stage != "warm-up")
+
+
 def test_a_rate_that_the_client_cannot_keep_is_marked(serve: Serve, capsys: Captured) -> None:
     flags = ("--num-prompts", "400", "--request-rate", "5000", "--warmup", "0")
     assert loadtest(serve(), *flags) == 1
@@ -199,12 +322,17 @@ def test_results_are_compared_with_intervals(serve: Serve, tmp_path: Path, capsy
     table = capsys.readouterr().out
     assert "theirs against ours" in table and re.search(r"TTFT p50 ms .*\[.*\] │ clear", table)
     assert (tmp_path / "both" / "comparison.png").is_file()
+    assert main(["loadtest", *flags, "--output", str(ours), "--overwrite"]) == 2, "a comparison is no run"
+    assert (ours / "results.json").is_file()
+    capsys.readouterr()
     assert main(["loadtest", *flags, "--json"]) == 0
     figures = {item["figure"]: item for item in json.loads(capsys.readouterr().out)}
     assert figures["TTFT p50 ms"]["ratio"]["low"] > 1
     assert main(["loadtest", "--compare", str(ours), str(tmp_path / "nowhere")]) == 2
-    (tmp_path / "other.json").write_text("{}")
-    assert main(["loadtest", "--compare", str(ours), str(tmp_path / "other.json")]) == 2
+    body = json.loads((ours / "results.json").read_text())
+    for damage in ({}, {**body, "runs": [{**body["runs"][0], "figures": []}]}, {**body, "settings": []}):
+        (tmp_path / "other.json").write_text(json.dumps(damage))
+        assert main(["loadtest", "--compare", str(ours), str(tmp_path / "other.json")]) == 2
 
 
 def test_the_requests_of_a_run_can_be_asked_again(serve: Serve, tmp_path: Path, capsys: Captured) -> None:

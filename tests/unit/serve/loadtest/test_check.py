@@ -84,6 +84,27 @@ def test_a_token_that_was_not_among_the_alternatives_is_at_least_as_far_as_the_l
     assert gap == pytest.approx(2.3)
 
 
+def test_a_token_that_begins_like_the_expected_one_parted_there_and_not_later() -> None:
+    then, sea = (" the", -0.7, {" then": -0.75}), (" sea", -0.1, {" a": -13.0})
+    own = AloneAnswer("a", 0, "see the sea", tokens(("see", -0.1, {}), then, sea))
+    position, expected, token, gap, least = first_difference(own, "see then go")
+    assert (position, expected, token, least) == (1, " the", " then", False)
+    assert gap == pytest.approx(0.05)
+
+
+def test_tokens_are_followed_up_to_the_first_that_is_half_a_character() -> None:
+    """What stands before it is known; behind it the texts are compared."""
+    choices = tokens(("I", -0.1, {"We": -0.3}), (" am ", -0.1, {}), ("\ufffd", -0.1, {}), ("", -0.1, {}))
+    own = AloneAnswer("a", 0, "I am 李", choices)
+    assert first_difference(own, "We are")[:3] == (0, "I", "We")
+    assert first_difference(own, "I am 张") == (None, "李", "张", None, False)
+
+
+def test_the_end_of_turn_token_is_no_part_of_the_text() -> None:
+    own = AloneAnswer("a", 0, "Yes", tokens(("Yes", -0.1, {}), ("<|im_end|>", -0.1, {})))
+    assert first_difference(own, "Yes, I do")[1:3] == ("the end", ", I do")
+
+
 def test_an_answer_that_goes_on_or_stops_early_says_so() -> None:
     assert first_difference(OWN, "The sky is blue today")[:3] == (3, "the end", " today")
     assert first_difference(OWN, "The")[:3] == (1, " sky", "the end")

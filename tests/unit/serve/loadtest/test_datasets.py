@@ -78,6 +78,43 @@ def test_a_trace_row_without_time_or_lengths_is_refused(tmp_path: Path, row: dic
         read_trace(jsonl(tmp_path, row), 1.0)
 
 
+def test_a_windows_file_and_content_parts_and_odd_separators_are_read(tmp_path: Path) -> None:
+    path = tmp_path / "rows.jsonl"
+    parts = [{"type": "text", "text": "one\u2028two"}, {"type": "image_url", "image_url": {}}]
+    turns = [{"role": "user", "content": parts}, {"role": "assistant", "content": ""}]
+    path.write_text("\ufeff" + json.dumps({"messages": turns}, ensure_ascii=False) + "\r\n", encoding="utf-8")
+    (prompt,) = read_conversations(path)
+    assert prompt.messages == ({"role": "user", "content": "one\u2028two"},)
+
+
+@pytest.mark.parametrize("value", ["abc", [1], -5, 0.5, 10**30, float("nan"), float("inf")])
+def test_a_length_that_is_none_is_refused(tmp_path: Path, value: Any) -> None:
+    with pytest.raises(BadData, match="no number of tokens"):
+        read_conversations(jsonl(tmp_path, {"prompt": "Hi", "max_tokens": value}))
+    with pytest.raises(BadData, match="no number of tokens"):
+        read_trace(jsonl(tmp_path, {"timestamp": 1, "input_length": value, "output_length": 1}), 1.0)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -1, 1e300])
+def test_a_time_that_is_none_is_refused(tmp_path: Path, value: float) -> None:
+    with pytest.raises(BadData, match="no time"):
+        read_trace(jsonl(tmp_path, {"timestamp": value, "input_length": 1, "output_length": 1}), 1.0)
+
+
+def test_a_trace_of_several_runs_is_refused(tmp_path: Path) -> None:
+    row = {"sent_s": 1, "prompt_tokens": 1, "output_tokens": 1, "phase": "load"}
+    rows = [{**row, "run": name} for name in ("a", "b")]
+    with pytest.raises(BadData, match=r"2 runs.*Keep the lines of one"):
+        read_trace(jsonl(tmp_path, *rows), 1.0)
+    with pytest.raises(BadData, match="no request"):
+        read_trace(jsonl(tmp_path, {**rows[0], "phase": "warmup"}), 1.0)
+
+
+def test_nesting_without_end_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(BadData, match="not JSON"):
+        read_conversations(jsonl(tmp_path, "[" * 100_000))
+
+
 def test_an_empty_or_absent_file_is_refused(tmp_path: Path) -> None:
     for path in (jsonl(tmp_path), tmp_path / "nowhere.jsonl"):
         for read in (read_conversations, lambda path: read_trace(path, 1.0)):

@@ -35,7 +35,7 @@ def run_of(
     busy: float = 0.2, lag_s: float | None = 0.001, clock: Clock = "kernel", delay: float = 0
 ) -> RunRecord:
     due = None if lag_s is None else 0.0
-    records = tuple(record(due_s=due, sent_s=lag_s or 0.0) for _ in range(10))
+    records = tuple(record(due_s=due, begun_s=lag_s or 0.0) for _ in range(10))
     return RunRecord(records, (ShareCost(busy * 10, 10.0, (delay,) * 20, clock),), 10)
 
 
@@ -60,6 +60,7 @@ def test_a_rate_that_the_client_cannot_keep_is_marked_unless_it_was_held_back() 
 
 def test_by_its_own_clock_a_client_that_waits_is_marked() -> None:
     assert "what was due in the client waited" in reasons(run_of(clock="client", delay=0.05))
+    assert reasons(run_of(clock="client", delay=0.005)) == "", "an idle loop is late by that"
     assert reasons(run_of(clock="kernel", delay=0.05)) == ""
 
 
@@ -74,6 +75,7 @@ def test_a_rate_is_too_much_by_what_it_adds_or_by_being_late() -> None:
     level = Level(50, {"TTFT p50": 0.01, "ITL p99": 0.04}, 3.0, 0.3, sent_all=True)
     assert level.broken == ""
     assert "ITL p99 +6.0%" in replace(level, added={"ITL p99": 0.06}).broken
+    assert "ITL p50 -9.0%" in replace(level, added={"ITL p50": -0.09}).broken
     assert "late" in replace(level, lag_p99_ms=40.0).broken
     assert "answered" in replace(level, sent_all=False).broken
 
@@ -96,6 +98,22 @@ def test_a_limit_is_remembered_for_as_many_processes() -> None:
     remember_limit(replace(LIMIT, processes=2, rate_per_s=180.0))
     assert remembered_limit(1) == LIMIT
     assert remembered_limit(2) == replace(LIMIT, processes=2, rate_per_s=180.0)
+
+
+def test_a_limit_that_others_on_the_machine_made_is_not_remembered_nor_used() -> None:
+    disturbed = ClientLimit(10.0, 0.12, 1, "requests left 221 ms late (p99)")
+    remember_limit(disturbed)
+    assert remembered_limit(1) is None
+    assert reasons(run_of(busy=0.5), limit=disturbed) == ""
+
+
+def test_a_limit_is_forgotten_after_a_month() -> None:
+    remember_limit(LIMIT)
+    path = module._cache_file()
+    noted = json.loads(path.read_text())
+    noted[module._key(1)]["found_at"] -= 40 * 24 * 3600
+    path.write_text(json.dumps(noted))
+    assert remembered_limit(1) is None
 
 
 def test_a_damaged_memory_is_no_memory() -> None:

@@ -44,7 +44,18 @@ def test_weights_are_as_stated_and_who_is_not_named_gets_nothing() -> None:
 
 def test_distinct_takes_turns() -> None:
     popularity = make_popularity(["a", "b"], "base", "distinct")
-    assert [popularity.model_of(index, 0) for index in range(6)] == ["base", "a", "b"] * 2
+    assert [popularity.model_of(index, 0) for index in range(6)] == ["a", "b", "base"] * 2
+
+
+def test_in_turn_the_base_has_its_share_at_even_distances() -> None:
+    popularity = make_popularity(["a", "b"], "base", "distinct", base_share=0.2)
+    asked = [popularity.model_of(index, 0) for index in range(10)]
+    assert asked == ["a", "b", "a", "b", "base"] * 2
+
+
+def test_a_share_of_a_base_that_is_not_asked_is_refused() -> None:
+    with pytest.raises(BadSetting, match="--base-share"):
+        make_popularity(ADAPTERS, None, "uniform", base_share=1.0)
 
 
 def test_the_base_gets_as_much_as_one_adapter_unless_stated() -> None:

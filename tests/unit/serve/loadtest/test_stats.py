@@ -81,13 +81,14 @@ def test_an_adapter_is_cold_when_it_is_asked_first_and_when_others_took_its_slot
 
     assert [names(some) for some in split_cold(asked, "base", None)] == ["abc", "aba"]
     assert [names(some) for some in split_cold(asked, "base", 2)] == ["abcba", "a"]
+    assert [names(some) for some in split_cold(asked, "base", 2, ["c", "b", "a"])] == ["cba", "aba"]
 
 
 def test_a_warm_up_makes_warm_and_is_not_in_the_figures() -> None:
     figures = figures_of([record("a", 5.0, (5.1,))], "base", warmup=[record("a", 0.0, (3.0,))])
     assert figures.cold and figures.cold.ttft and figures.cold.ttft.p50_ms == pytest.approx(3000)
     assert figures.warm and figures.warm.requests == 1
-    assert figures.whole.requests == 1
+    assert figures.whole.requests == 1 and figures.cold_in_load == 0
 
 
 def test_fairness_is_of_the_service_and_not_of_the_demand() -> None:
@@ -99,6 +100,12 @@ def test_fairness_is_of_the_service_and_not_of_the_demand() -> None:
     assert unfair and unfair.worst == "c" and unfair.worst_to_median == pytest.approx(10)
     assert unfair.jain_index < 0.8
     assert fairness_of({"a": [record("a")]}) is None
+
+
+def test_an_adapter_that_is_never_answered_is_unfairness_itself() -> None:
+    starved = {"a": [record("a")], "b": [record("b")], "c": [record("c", chunks_s=(), error="timeout")] * 9}
+    fair = fairness_of(starved)
+    assert fair and fair.unanswered == ("c",) and fair.jain_index == pytest.approx(2 / 3)
 
 
 def test_jain_index_goes_from_one_down_to_one_of_n() -> None:

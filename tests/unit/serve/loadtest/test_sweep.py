@@ -2,9 +2,20 @@
 
 from __future__ import annotations
 
+import random
+
 import pytest
 
-from serve.loadtest.sweep import Point, Sweep, keeping_up, parse_sweep, run_sweep, saturation_of
+from serve.loadtest.arrivals import arrival_times, constant_rate
+from serve.loadtest.sweep import (
+    KEEPS_UP,
+    Point,
+    Sweep,
+    keeping_up,
+    parse_sweep,
+    run_sweep,
+    saturation_of,
+)
 from tests.unit.serve.loadtest.conftest import record
 from vllm_lora_ext.errors import BadSetting
 
@@ -13,15 +24,15 @@ SLOTS = 24  # adapters after which it slows down
 
 
 def at_rate(rate: float) -> Point:
-    return Point(rate, min(rate, CAPACITY) * 32, 0, rate, min(1.0, CAPACITY / rate))
+    return Point(rate, min(rate, CAPACITY) * 32, kept_up=min(1.0, CAPACITY / rate))
 
 
 def with_adapters(count: float) -> Point:
-    return Point(count, 1000.0 if count <= SLOTS else 600.0, 0)
+    return Point(count, 1000.0 if count <= SLOTS else 600.0)
 
 
 def in_flight(count: float) -> Point:
-    return Point(count, 100 * count / (1 + count / 16), 0)
+    return Point(count, 100 * count / (1 + count / 16))
 
 
 @pytest.mark.parametrize("levels", [(1.0, 2.0, 4.0), (4.0, 64.0), (40.0, 80.0)])
@@ -54,14 +65,32 @@ def test_concurrency_is_saturated_when_more_brings_no_more() -> None:
 
 
 def test_a_rate_with_failed_requests_is_not_held() -> None:
-    points = [Point(1, 32, 0, 1, 1.0), Point(2, 64, 3, 2, 1.0)]
+    points = [Point(1, 32), Point(2, 64, errors=3)]
     assert saturation_of("rate", points).breaks == 2
 
 
 def test_a_run_that_was_cut_off_ends_the_sweep_with_what_there_is() -> None:
     answers = iter([at_rate(1), None])
     found = run_sweep(Sweep("rate", (1, 2, 4)), lambda level: next(answers))
-    assert (found.holds, found.breaks) == (1, None)
+    assert (found.holds, found.breaks, found.unknown_from) == (1, None, 2)
+    assert "nothing is known at 2: it ended there" in str(found)
+
+
+def test_what_the_client_could_not_send_is_not_held_against_the_server() -> None:
+    points = [Point(10, 320), Point(20, 330, kept_up=0.5, client_bound=True), Point(40, 330, kept_up=0.3)]
+    found = saturation_of("rate", points)
+    assert (found.holds, found.breaks, found.unknown_from) == (10, None, 20)
+    assert "the client was the limit" in str(found)
+
+
+def test_small_steps_of_concurrency_need_small_gains() -> None:
+    linear = [Point(count, 10.0 * count) for count in (32, 33, 34)]
+    assert saturation_of("concurrency", linear).breaks is None
+
+
+def test_failed_requests_are_never_held() -> None:
+    for what in ("adapters", "concurrency"):
+        assert saturation_of(what, [Point(1, 100), Point(2, 300, errors=1)]).breaks == 2
 
 
 def test_keeping_up_compares_when_answers_came_with_when_requests_were_due() -> None:
@@ -73,7 +102,31 @@ def test_keeping_up_compares_when_answers_came_with_when_requests_were_due() -> 
     assert keeping_up(late) == pytest.approx(0.5)
 
 
-@pytest.mark.parametrize("text", ["adapters", "adapters=", "adapters=1.5", "rate=0", "rate=a", "speed=1"])
+def test_answers_of_different_lengths_are_no_growing_queue() -> None:
+    """An infinitely fast server whose answers take 0.5 to 5 s, 10 s of Poisson arrivals."""
+    refused = 0
+    for seed in range(200):
+        chance = random.Random(seed)
+        due = arrival_times(constant_rate(4), 40, 1.0, seed)
+        answers = [record(due_s=at, sent_s=at, done_s=at + chance.uniform(0.5, 5)) for at in due]
+        refused += keeping_up(answers) < KEEPS_UP
+    assert refused <= 10
+
+
+def test_a_queue_that_grows_is_seen_among_answers_of_different_lengths() -> None:
+    seen = 0
+    for seed in range(100):
+        chance = random.Random(seed)
+        due = arrival_times(constant_rate(8), 80, 1.0, seed)
+        done = [number / 4 + chance.uniform(0.5, 3) for number in range(80)]
+        answers = [record(due_s=at, sent_s=at, done_s=end) for at, end in zip(due, done, strict=True)]
+        seen += keeping_up(answers) < KEEPS_UP
+    assert seen >= 95
+
+
+@pytest.mark.parametrize(
+    "text", ["adapters", "adapters=", "adapters=1.5", "rate=0", "rate=a", "rate=nan", "rate=inf", "speed=1"]
+)
 def test_a_sweep_in_another_form_is_refused_with_the_form(text: str) -> None:
     with pytest.raises(BadSetting, match=r"adapters=1,8,64"):
         parse_sweep(text)

@@ -45,6 +45,11 @@ def test_no_prompt_repeats_unless_they_come_from_a_pool() -> None:
     assert all(pooled.ask(number, "a").messages == messages for number, messages in asked.items())
 
 
+def test_another_series_asks_the_same_models_with_other_words() -> None:
+    one, other = WORKLOAD.request(3), replace(WORKLOAD, series="rate=2").request(3)
+    assert one.model == other.model and one.messages != other.messages
+
+
 def test_prompts_of_a_file_come_in_turn_and_keep_what_they_state() -> None:
     prompts = [
         Prompt(({"role": "user", "content": "one"},), output_tokens=7, model="b"),
