@@ -136,8 +136,8 @@ def main(argv: Sequence[str]) -> None:
     """Run both, compare, write; the last line is the JSON."""
     parser = argparse.ArgumentParser(prog="bench_serving", description=__doc__, allow_abbrev=False)
     parser.add_argument("--base", type=Path, default=Path(".cache/tiny-base"))
-    parser.add_argument("--adapters", default="1,4,16", help="numbers of adapters")
-    parser.add_argument("--duration", default="10", help="seconds of load at each")
+    parser.add_argument("--adapters", default="1,2,4,8,16", help="numbers of adapters")
+    parser.add_argument("--duration", default="8", help="seconds of load at each")
     parser.add_argument("--max-concurrency", default="16")
     parser.add_argument("--work-dir", type=Path, default=Path(".cache/benchmarks/serving"))
     parser.add_argument("--results", type=Path, default=RESULTS)
@@ -146,7 +146,10 @@ def main(argv: Sequence[str]) -> None:
     subprocess.run(
         [sys.executable, str(ROOT / "examples/tiny_base/make.py"), "--output-dir", str(args.base)], check=True
     )
-    adapters = make_adapters(work / "adapters", args.base.resolve(), max(map(int, args.adapters.split(","))))
+    count = max(map(int, args.adapters.split(",")))
+    adapters = make_adapters(work / f"adapters-{count}", args.base.resolve(), count)
+    for name in ("vllm-lora", "plain vLLM", "both"):  # what an earlier call left is no result of this one
+        shutil.rmtree(work / name, ignore_errors=True)
     flags = ["--sweep", f"adapters={args.adapters}", "--duration", args.duration, "--check", "--prometheus"]
     flags += ["--max-concurrency", args.max_concurrency, "--overwrite"]
     with ExitStack() as stack:
@@ -170,7 +173,7 @@ def main(argv: Sequence[str]) -> None:
         "max_concurrency": int(args.max_concurrency),
         "exit_codes": codes,
         "servers": {name: summary_of(work / name) for name in codes},
-        "comparison": json.loads((work / "both" / "results.json").read_text())["comparison"],
+        "comparison": json.loads((work / "both" / "comparison.json").read_text())["comparison"],
     }
     place = args.results / result_name(machine)
     place.with_suffix(".json").write_text(json.dumps(report, indent=1) + "\n")

@@ -37,7 +37,7 @@ _READ_BYTES = 64 * 1024  # what httpcore asks for at most
 _NS = 1_000_000_000
 # A thread of Python's hands over the interpreter once another asked for it that long; the default, 5 ms, is
 # longer than the time between two tokens may be.
-_SWITCH_S = 0.0005
+_SWITCH_S = 0.00005
 
 
 def kernel_clock_reaches(url: str) -> bool:
@@ -65,14 +65,14 @@ class ClockedStream(httpcore2.AsyncNetworkStream):
 
     async def read(self, max_bytes: int, timeout: float | None = None) -> bytes:
         """httpcore's: what came at one moment; nothing at the end."""
-        if not self._arrived:
-            self._waiter = self._loop.create_future()
-            if not self._arrived:  # else it came just now
-                try:
-                    async with asyncio.timeout(timeout):
+        try:
+            async with asyncio.timeout(timeout):
+                while not self._arrived:  # one may be woken for what was read before
+                    self._waiter = self._loop.create_future()
+                    if not self._arrived:  # else it came just now
                         await self._waiter
-                except TimeoutError as error:
-                    raise httpcore2.ReadTimeout(f"nothing came for {timeout} s") from error
+        except TimeoutError as error:
+            raise httpcore2.ReadTimeout(f"nothing came for {timeout} s") from error
         arrived_s, data = self._arrived[0]
         if isinstance(data, OSError):
             raise httpcore2.ReadError(str(data)) from data
@@ -115,30 +115,28 @@ class ClockedStream(httpcore2.AsyncNetworkStream):
         return self._socket if info == "socket" else None
 
     def take_arrived(self) -> bool:
-        """In the reader's thread: take what has come; False when no more will come."""
-        while True:
-            try:
-                data, notes, _, _ = self._socket.recvmsg(_READ_BYTES, _ANCILLARY_BYTES)
-            except BlockingIOError:
-                return True
-            except OSError as error:
-                self._hand_over(time.monotonic(), error)
-                return False
-            self._hand_over(_arrival_s(notes), data)
-            if not data:
-                return False
+        """In the reader's thread, when something has come: take it; False when no more will come."""
+        try:
+            data, notes, _, _ = self._socket.recvmsg(_READ_BYTES, _ANCILLARY_BYTES)
+        except BlockingIOError:
+            return True
+        except OSError as error:
+            self._arrived.append((time.monotonic(), error))
+            return False
+        self._arrived.append((_arrival_s(notes), data))
+        return bool(data)
 
-    def _hand_over(self, arrived_s: float, data: bytes | OSError) -> None:
-        self._arrived.append((arrived_s, data))
+    def wake(self) -> None:
+        """In the event loop: let the one who waits read."""
         if self._waiter is not None and not self._waiter.done():
-            with contextlib.suppress(RuntimeError):  # the loop has ended
-                self._loop.call_soon_threadsafe(_settle, self._waiter)
+            self._waiter.set_result(None)
 
 
 class ArrivalReader:
     """The thread that takes what comes off all sockets of one transport."""
 
     def __init__(self) -> None:
+        self._loop = asyncio.get_running_loop()
         self._streams: dict[int, ClockedStream] = {}
         self._poll = select.epoll()
         self._stopped, self._stop = os.pipe()
@@ -171,12 +169,17 @@ class ArrivalReader:
 
     def _run(self) -> None:
         while True:
+            woken: list[ClockedStream] = []
             for file, _ in self._poll.poll():
                 if file == self._stopped:
                     return
-                stream = self._streams.get(file)
-                if stream is not None and not stream.take_arrived():
-                    self.forget(file)
+                if (stream := self._streams.get(file)) is not None:
+                    woken.append(stream)
+                    if not stream.take_arrived():
+                        self.forget(file)
+            # once for all of them: each call of the system costs a wait for the interpreter
+            with contextlib.suppress(RuntimeError):  # the loop has ended
+                self._loop.call_soon_threadsafe(_wake_all, woken)
 
 
 class ClockedBackend(httpcore2.AsyncNetworkBackend):
@@ -254,6 +257,6 @@ def _arrival_s(notes: Iterable[tuple[int, int, bytes]]) -> float:
     return time.monotonic()
 
 
-def _settle(future: asyncio.Future[None]) -> None:
-    if not future.done():
-        future.set_result(None)
+def _wake_all(streams: Iterable[ClockedStream]) -> None:
+    for stream in streams:
+        stream.wake()

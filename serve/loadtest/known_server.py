@@ -176,6 +176,8 @@ class Connection(asyncio.Protocol):
             self._whole(404, _JSON, json.dumps({"error": {"message": f"no such route: {path}"}}))
 
     def _write_piece(self, event: bytes, read_s: float) -> None:
+        if self.transport.is_closing():  # the client has gone
+            return
         if _STAMP_BYTES in event:
             event = event.replace(_STAMP_BYTES, f"{read_s:015.6f}:{time.monotonic():015.6f} ".encode())
         self.transport.write(event)
@@ -203,7 +205,8 @@ class Connection(asyncio.Protocol):
         events = b""
         if answer.finished:
             events = _event(request, end) + _event(request, [], usage=_usage(request, answer))
-        self._loop.call_at(end_s, self.transport.write, events + _framed(b"data: [DONE]\n\n") + b"0\r\n\r\n")
+        events += _framed(b"data: [DONE]\n\n") + b"0\r\n\r\n"
+        self._loop.call_at(end_s, self._write_piece, events, now)
 
 
 def _content_length(head: bytes) -> int:
