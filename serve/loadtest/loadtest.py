@@ -138,8 +138,14 @@ class LoadTest:
         weights = {
             name: weight for name, weight in config.weights.items() if adapters is None or name in asked
         }
+        base_share = config.base_share
+        if base_share is None and adapters is not None and self.models.base is not None:
+            assert config.sweep is not None, "levels of adapters are a sweep's"
+            base_share = 1 / (
+                config.sweep.levels[-1] + 1
+            )  # the same at every level, or they are no comparison
         popularity = make_popularity(
-            asked, self.models.base, config.distribution, config.zipf_alpha, weights, config.base_share
+            asked, self.models.base, config.distribution, config.zipf_alpha, weights, base_share
         )
         ramp = config.ramp if rate_per_s is None else constant_rate(rate_per_s)
         arrivals: Sequence[float] | None = None

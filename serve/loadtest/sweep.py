@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import statistics
 from collections.abc import Callable, Sequence
@@ -14,7 +15,7 @@ from vllm_lora_ext.errors import BadSetting
 What = Literal["adapters", "rate", "concurrency"]
 KEEPS_UP = 0.95  # of the offered rate
 GAINS = 1.05  # twice the concurrency that gains less has nothing left to gain
-LOSES = 0.90  # of the throughput with fewer adapters
+LOSES = 0.90  # of the usual throughput with fewer adapters
 _MORE_LEVELS = 4  # to bracket and to narrow
 _CLOSE = 1.2  # the point is known to this factor
 
@@ -114,28 +115,38 @@ def keeping_up(records: Sequence[RequestRecord]) -> float:
 
 
 def saturation_of(what: What, points: Sequence[Point]) -> Saturation:
-    """The saturation that some points show.
+    """The saturation that some points show: from which level on none is held any more.
 
     A level with failed requests is not held. A rate is held if no queue grows; a number of adapters if
-    the throughput is within 10 % of the best with fewer; a concurrency if it brings 5 % more for each
-    doubling from the one below it. Of a level where the client was the limit nothing is known.
+    the throughput is within 10 % of the median with fewer; a concurrency if it brings 5 % more than the
+    best below it for each doubling. A level that dips while higher ones are held is noise. Of levels from
+    one on where the client was the limit nothing is known.
     """
-    holds: float | None = None
-    best = 0.0
-    for point in sorted(points, key=lambda point: point.level):
-        if point.client_bound:
-            return Saturation(what, holds, None, point.level, "the client was the limit")
-        if what == "rate":
-            good = point.kept_up >= KEEPS_UP
-        elif what == "adapters":
-            good = point.output_tokens_per_s >= LOSES * best
-        else:
-            doublings = math.log2(point.level / holds) if holds else 0.0
-            good = point.output_tokens_per_s >= best * GAINS**doublings
-        if point.errors or not good:
-            return Saturation(what, holds, point.level)
-        holds, best = point.level, max(best, point.output_tokens_per_s)
+    points = sorted(points, key=lambda point: point.level)
+    known = list(itertools.takewhile(lambda point: not point.client_bound, points))
+    held = [place for place, point in enumerate(known) if _is_held(what, point, known[:place])]
+    first_broken = held[-1] + 1 if held else 0
+    holds = known[held[-1]].level if held else None
+    if first_broken < len(known):
+        return Saturation(what, holds, known[first_broken].level)
+    if len(known) < len(points):
+        return Saturation(what, holds, None, points[len(known)].level, "the client was the limit")
     return Saturation(what, holds, None)
+
+
+def _is_held(what: What, point: Point, below: Sequence[Point]) -> bool:
+    if point.errors or not point.output_tokens_per_s:
+        return False
+    if what == "rate":
+        return point.kept_up >= KEEPS_UP
+    if not below:
+        return True
+    if what == "adapters":
+        usual = statistics.median(other.output_tokens_per_s for other in below)
+        return point.output_tokens_per_s >= LOSES * usual
+    best = max(below, key=lambda other: other.output_tokens_per_s)
+    needed: float = best.output_tokens_per_s * GAINS ** math.log2(point.level / best.level)
+    return point.output_tokens_per_s >= needed
 
 
 def next_level(saturation: Saturation, most: float | None) -> float | None:

@@ -83,6 +83,13 @@ def test_what_the_client_could_not_send_is_not_held_against_the_server() -> None
     assert "the client was the limit" in str(found)
 
 
+def test_a_level_that_dips_while_higher_ones_are_held_is_noise() -> None:
+    points = [Point(1, 1131), Point(2, 815), Point(4, 899), Point(8, 996), Point(16, 400), Point(32, 390)]
+    found = saturation_of("adapters", points)
+    assert (found.holds, found.breaks) == (8, 16)
+    assert saturation_of("adapters", points[:4]).breaks is None
+
+
 def test_small_steps_of_concurrency_need_small_gains() -> None:
     linear = [Point(count, 10.0 * count) for count in (32, 33, 34)]
     assert saturation_of("concurrency", linear).breaks is None
