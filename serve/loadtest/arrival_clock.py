@@ -175,7 +175,7 @@ class ArrivalReader:
                     return
                 if (stream := self._streams.get(file)) is not None:
                     woken.append(stream)
-                    if not stream.take_arrived():
+                    if not stream.take_arrived() and self._streams.get(file) is stream:
                         self.forget(file)
             # once for all of them: each call of the system costs a wait for the interpreter
             with contextlib.suppress(RuntimeError):  # the loop has ended

@@ -130,6 +130,11 @@ def client_bound(run: RunRecord, cost: OwnCost, limit: ClientLimit | None, cappe
         reasons.append(
             f"a client process used {cost.busiest_share:.0%} of a core, its limit is {allowed:.0%}"
         )
+    if good and cost.delay_p99_ms > e2el * 1e3:
+        stood = (
+            f"the client stood still for {cost.delay_p99_ms:.0f} ms (p99), longer than a whole request takes"
+        )
+        reasons.append(f"{stood}: it is too busy, or gets no processor")
     ttft = values_of(run.records, "ttft")
     waited_ms = max(_CLIENT_CLOCK_MS, MAY_ADD * percentile(ttft, 0.99) * 1e3) if ttft else math.inf
     if cost.clock == "client" and cost.delay_p99_ms > waited_ms:

@@ -28,7 +28,7 @@ COMPARISON_FILE = "comparison.json"
 PAGE_FILE = "report.html"
 FORMAT = 1
 _COLUMNS = (
-    "run", "phase", "index", "model", "due_s", "sent_s", "ttft_ms", "tpot_ms", "e2el_ms", "prompt_tokens",
+    "run", "phase", "index", "model", "due_s", "begun_s", "sent_s", "ttft_ms", "tpot_ms", "e2el_ms", "prompt_tokens",
     "output_tokens", "prompt_number", "answered_by", "error", "detail", "itl_ms",
 )  # fmt: skip
 
@@ -305,6 +305,7 @@ def _csv_row(label: str, phase: str, record: RequestRecord) -> Iterator[Any]:
         "tpot_ms": _ms(record.tpot_s),
         "e2el_ms": _ms(record.e2el_s) if record.error is None else None,
         "due_s": None if record.due_s is None else _rounded(record.due_s),
+        "begun_s": _rounded(record.begun_s),
         "sent_s": _rounded(record.sent_s),
         "itl_ms": " ".join(str(_ms(gap)) for gap in record.itl_s),
     }

@@ -64,6 +64,10 @@ def test_by_its_own_clock_a_client_that_waits_is_marked() -> None:
     assert reasons(run_of(clock="kernel", delay=0.05)) == ""
 
 
+def test_a_client_that_stands_still_is_marked_whatever_clock_it_has() -> None:
+    assert "stood still for 7800 ms" in reasons(run_of(delay=7.8))
+
+
 def test_the_cost_is_told_per_request() -> None:
     cost = own_cost(run_of(busy=0.2))
     assert (cost.cpu_ms_per_request, cost.busiest_share) == (pytest.approx(200), pytest.approx(0.2))
