@@ -1,8 +1,8 @@
 """Many adapters on one machine: our server and plain vLLM with the same ones, a load test's sweep each.
 
-Makes adapters of random weights for the tiny base, each so strong that it has a voice of its own, starts both
-servers, runs `vllm-lora loadtest --sweep adapters=... --check` against one after the other (the other one is
-idle meanwhile), compares the two, and writes figures and the picture to benchmarks/results/.
+Makes adapters of random weights for the tiny base, each so strong that it has a voice of its own, starts the
+servers one after the other, runs `vllm-lora loadtest --sweep adapters=... --check` against each, compares the
+two, and writes figures and the picture to benchmarks/results/.
 """
 
 from __future__ import annotations
@@ -14,7 +14,6 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Sequence
-from contextlib import ExitStack
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -152,15 +151,11 @@ def main(argv: Sequence[str]) -> None:
         shutil.rmtree(work / name, ignore_errors=True)
     flags = ["--sweep", f"adapters={args.adapters}", "--duration", args.duration, "--check", "--prometheus"]
     flags += ["--max-concurrency", args.max_concurrency, "--overwrite"]
-    with ExitStack() as stack:
-        servers = servers_of(args.base.resolve(), adapters, work)
-        for name, server in servers.items():
-            print(f"starting {name}", file=sys.stderr)
-            stack.enter_context(server)
-        codes = {
-            name: loadtest("--url", server.url, *flags, "--output", str(work / name))
-            for name, server in servers.items()
-        }
+    codes = {}
+    for name, server in servers_of(args.base.resolve(), adapters, work).items():
+        print(f"starting {name}", file=sys.stderr)
+        with server:
+            codes[name] = loadtest("--url", server.url, *flags, "--output", str(work / name))
     loadtest(
         "--compare", *(str(work / name) for name in codes), "--output", str(work / "both"), "--overwrite"
     )

@@ -130,10 +130,12 @@ def client_bound(run: RunRecord, cost: OwnCost, limit: ClientLimit | None, cappe
         reasons.append(
             f"a client process used {cost.busiest_share:.0%} of a core, its limit is {allowed:.0%}"
         )
-    if good and cost.delay_p99_ms > e2el * 1e3:
-        stood = (
-            f"the client stood still for {cost.delay_p99_ms:.0f} ms (p99), longer than a whole request takes"
-        )
+    still_s = max(
+        (sum(delay for delay in share.delays_s if delay > e2el) for share in run.costs), default=0.0
+    )
+    wall_s = max((share.wall_s for share in run.costs), default=0.0)
+    if good and still_s > MAY_ADD * wall_s:
+        stood = f"the client stood still for {still_s:.1f} s of {wall_s:.1f} s, each time longer than a request takes"
         reasons.append(f"{stood}: it is too busy, or gets no processor")
     ttft = values_of(run.records, "ttft")
     waited_ms = max(_CLIENT_CLOCK_MS, MAY_ADD * percentile(ttft, 0.99) * 1e3) if ttft else math.inf

@@ -28,8 +28,8 @@ COMPARISON_FILE = "comparison.json"
 PAGE_FILE = "report.html"
 FORMAT = 1
 _COLUMNS = (
-    "run", "phase", "index", "model", "due_s", "begun_s", "sent_s", "ttft_ms", "tpot_ms", "e2el_ms", "prompt_tokens",
-    "output_tokens", "prompt_number", "answered_by", "error", "detail", "itl_ms",
+    "run", "phase", "index", "model", "due_s", "begun_s", "sent_s", "ttft_ms", "tpot_ms", "e2el_ms",
+    "prompt_tokens", "output_tokens", "prompt_number", "answered_by", "error", "detail", "itl_ms",
 )  # fmt: skip
 
 

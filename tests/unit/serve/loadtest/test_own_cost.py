@@ -32,11 +32,15 @@ LIMIT = ClientLimit(100.0, 0.7, 1, "requests left 30 ms late (p99)")
 
 
 def run_of(
-    busy: float = 0.2, lag_s: float | None = 0.001, clock: Clock = "kernel", delay: float = 0
+    busy: float = 0.2,
+    lag_s: float | None = 0.001,
+    clock: Clock = "kernel",
+    delay: float = 0,
+    delays: tuple[float, ...] = (),
 ) -> RunRecord:
     due = None if lag_s is None else 0.0
     records = tuple(record(due_s=due, begun_s=lag_s or 0.0) for _ in range(10))
-    return RunRecord(records, (ShareCost(busy * 10, 10.0, (delay,) * 20, clock),), 10)
+    return RunRecord(records, (ShareCost(busy * 10, 10.0, delays or (delay,) * 20, clock),), 10)
 
 
 def reasons(run: RunRecord, limit: ClientLimit | None = LIMIT, capped: bool = False) -> str:
@@ -65,7 +69,8 @@ def test_by_its_own_clock_a_client_that_waits_is_marked() -> None:
 
 
 def test_a_client_that_stands_still_is_marked_whatever_clock_it_has() -> None:
-    assert "stood still for 7800 ms" in reasons(run_of(delay=7.8))
+    assert "stood still for 6.0 s of 10.0 s" in reasons(run_of(delays=(0.01,) * 500 + (6.0,)))
+    assert reasons(run_of(delays=(0.3,) * 20)) == "", "shorter than a request: nothing was missed"
 
 
 def test_the_cost_is_told_per_request() -> None:
