@@ -31,6 +31,7 @@ from serve.loadtest.workload import Workload
 
 FIRST_S, GAP_S, CHUNKS = 0.2, 0.02, 16
 MAY_ADD = 0.05
+MAY_STAND_STILL = 0.1  # of a run
 _E2EL_S = FIRST_S + GAP_S * (CHUNKS - 1)
 BUSY = 0.3  # of a core; below that no client was ever at its limit on an idle machine
 _REMEMBERED_S = 30 * 24 * 3600.0
@@ -134,9 +135,9 @@ def client_bound(run: RunRecord, cost: OwnCost, limit: ClientLimit | None, cappe
         (sum(delay for delay in share.delays_s if delay > e2el) for share in run.costs), default=0.0
     )
     wall_s = max((share.wall_s for share in run.costs), default=0.0)
-    if good and still_s > MAY_ADD * wall_s:
-        stood = f"the client stood still for {still_s:.1f} s of {wall_s:.1f} s, each time longer than a request takes"
-        reasons.append(f"{stood}: it is too busy, or gets no processor")
+    if good and still_s > MAY_STAND_STILL * wall_s:
+        what = f"the client stood still for {still_s:.1f} s of {wall_s:.1f} s"
+        reasons.append(f"{what}, each time longer than a request takes: it is too busy, or gets no processor")
     ttft = values_of(run.records, "ttft")
     waited_ms = max(_CLIENT_CLOCK_MS, MAY_ADD * percentile(ttft, 0.99) * 1e3) if ttft else math.inf
     if cost.clock == "client" and cost.delay_p99_ms > waited_ms:
