@@ -209,7 +209,7 @@ def _first_details(run: RunResult) -> Iterator[tuple[str, str]]:
     for record in run.run.records:
         if record.error and record.detail and record.error not in seen:
             seen.add(record.error)
-            yield record.error, record.detail
+            yield record.error, printable(record.detail)
 
 
 def _difference(verdict: Verdict) -> str:
