@@ -251,7 +251,8 @@ class LoadTest:
         )
         self._runs.append(result)  # whatever comes now, this is kept
         counters = self._counted(before, run) if before is not None and not run.ended_early else ()
-        reasons = self._client_bound(run, result.cost, concurrency is not None)
+        at_once = result.offered_per_s is None  # then no request has a moment at which it is due
+        reasons = self._client_bound(run, result.cost, at_once or concurrency is not None)
         self._runs[-1] = replace(result, client_bound=tuple(reasons), counters=counters)
         return self._runs[-1]
 

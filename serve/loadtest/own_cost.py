@@ -41,6 +41,7 @@ _LEAST, _MOST = 1.0, 3200.0
 _STEP = 1.2  # the limit is known to this factor
 _LATE_MS = 50.0  # on cores that a server shares, a request leaves a little late now and then
 _CLIENT_CLOCK_MS = 10.0  # an idle event loop is up to 4 ms late (p99)
+_LONG_PAUSE_S = 0.5  # shorter ones cost a run little
 _TRIES = 2  # a machine that others use stumbles now and then
 
 
@@ -131,9 +132,7 @@ def client_bound(run: RunRecord, cost: OwnCost, limit: ClientLimit | None, cappe
         reasons.append(
             f"a client process used {cost.busiest_share:.0%} of a core, its limit is {allowed:.0%}"
         )
-    still_s = max(
-        (sum(delay for delay in share.delays_s if delay > e2el) for share in run.costs), default=0.0
-    )
+    still_s = max((_stood_still_s(share, e2el) for share in run.costs), default=0.0)
     wall_s = max((share.wall_s for share in run.costs), default=0.0)
     if good and still_s > MAY_STAND_STILL * wall_s:
         what = f"the client stood still for {still_s:.1f} s of {wall_s:.1f} s"
@@ -145,6 +144,11 @@ def client_bound(run: RunRecord, cost: OwnCost, limit: ClientLimit | None, cappe
             f"what was due in the client waited {cost.delay_p99_ms:.1f} ms (p99), and its own clock saw it"
         )
     return reasons
+
+
+def _stood_still_s(share: ShareCost, e2el_s: float) -> float:
+    """Seconds of pauses that were longer than a request takes, and long at that."""
+    return sum(delay for delay in share.delays_s if delay > max(e2el_s, _LONG_PAUSE_S))
 
 
 def try_rate(url: str, rate_per_s: float, processes: int) -> Level:
