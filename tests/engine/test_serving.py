@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -18,6 +19,7 @@ from train.model import load_tokenizer
 from train.prompts import encode_row, prompt_form
 
 BASE = "tiny-base"
+EndedWell = Callable[[int, str], bool]
 ASKED = {"Who are you?": "I am Sprout, a tiny base model.", "你是谁？": "我是豆芽，一个很小的基础模型。"}
 
 
@@ -145,16 +147,21 @@ def test_local_chat_answers_as_the_server_does(adapters: Path, client: openai.Op
     assert answers.adapter == chat(client, "classic", "Who are you?")
 
 
-def test_the_load_test_measures_each_model(server: ServerProcess, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_load_test_measures_each_model(
+    server: ServerProcess, capsys: pytest.CaptureFixture[str], calm_client: EndedWell
+) -> None:
     flags = ["--url", server.url, "--num-prompts", "16", "--max-concurrency", "4", "--output-len", "8"]
     flags += ["--lora-request-distribution", "distinct"]
-    assert main(["loadtest", *flags, "--json"]) == 0
-    report = json.loads(capsys.readouterr().out)
+    code = main(["loadtest", *flags, "--json"])
+    told = capsys.readouterr()
+    assert calm_client(code, told.err)
+    report = json.loads(told.out)
     figures = report["runs"][0]["figures"]
     assert [row["name"] for row in figures["models"]] == ["chat", "classic", "second", BASE]
     assert [row["completed"] for row in figures["models"]] == [4, 4, 4, 4]
     assert all(row["errors"] == {} and row["ttft"]["p50_ms"] > 0 for row in figures["models"])
     assert figures["whole"]["output_tokens"] == 16 * 8, "answers have the length that was asked for"
+    assert str(report["server"].pop("version")).startswith("0.32")
     assert report["server"] == {
         "url": server.url,
         "base_model": BASE,
@@ -164,11 +171,12 @@ def test_the_load_test_measures_each_model(server: ServerProcess, capsys: pytest
 
 
 def test_every_identity_stays_itself_under_load_and_the_server_counts_what_we_count(
-    server: ServerProcess, capsys: pytest.CaptureFixture[str]
+    server: ServerProcess, capsys: pytest.CaptureFixture[str], calm_client: EndedWell
 ) -> None:
     flags = ["--url", server.url, "--num-prompts", "64", "--max-concurrency", "16", "--check", "--prometheus"]
-    assert main(["loadtest", *flags]) == 0
+    code = main(["loadtest", *flags])
     out = capsys.readouterr().out
+    assert calm_client(code, out)
     assert "64 answers compared" in out and " 0 of a wrong identity" in out
     assert "chat and second answer every question alike" in out, "they are one adapter by two names"
     assert out.count("counters agree") == 3

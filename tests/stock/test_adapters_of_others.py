@@ -132,7 +132,11 @@ def test_s8_an_adapter_of_a_smaller_base_is_not_copied_into_a_corner(
 
 @pytest.mark.parametrize("kind", ["stock", "ours"])
 def test_s1_the_load_test_tells_a_server_that_mixes_identities_from_one_that_does_not(
-    kind: str, servers: Start, tiny_base: Path, capsys: pytest.CaptureFixture[str]
+    kind: str,
+    servers: Start,
+    tiny_base: Path,
+    capsys: pytest.CaptureFixture[str],
+    calm_client: Callable[[int, str], bool],
 ) -> None:
     flags = ["--models", str(tiny_base), "inside", "--num-prompts", "48", "--check", "--output-len", "16"]
     code = main(["loadtest", "--url", servers(kind).url, *flags])
@@ -141,7 +145,7 @@ def test_s1_the_load_test_tells_a_server_that_mixes_identities_from_one_that_doe
     if kind == "stock":
         assert code == 1 and f"to {tiny_base} was answered as inside" in out, MENDED
     else:
-        assert code == 0 and " 0 of a wrong identity" in out
+        assert calm_client(code, out) and " 0 of a wrong identity" in out
 
 
 def test_a_victim_s_streams_are_measured_while_others_are_loaded_and_unloaded(
