@@ -36,9 +36,14 @@ def is_staged(worker: WorkerBase, adapter_id: int) -> bool:
     return _manager(worker).loader.is_finished(adapter_id)
 
 
-def insert_adapter(worker: WorkerBase, request: dict[str, Any]) -> bool:
+def insert_adapter(worker: WorkerBase, request: dict[str, Any], activate: bool = True) -> bool:
     """Take over the next slice of a staged adapter; True once it is whole."""
-    return _manager(worker).insert(LoRARequest(**request))
+    return _manager(worker).insert(LoRARequest(**request), activate)
+
+
+def own_residency(worker: WorkerBase) -> None:
+    """From now on nothing leaves the memory by itself, and no step loads: the caller adds and removes."""
+    _manager(worker).is_owned = True
 
 
 def forget_adapter(worker: WorkerBase, adapter_id: int) -> None:
@@ -88,7 +93,7 @@ def plan_isolation_markers(worker: WorkerBase) -> dict[str, Any] | None:
 
 
 WORKER_CALLS = (
-    *(stage_adapter, is_staged, insert_adapter, forget_adapter),
+    *(stage_adapter, is_staged, insert_adapter, forget_adapter, own_residency),
     *(installed_parts, kernel_calls, plan_isolation_markers),
 )
 
@@ -146,10 +151,11 @@ async def prove_isolation(engine: Engine) -> float | None:
     return markers.lead() if await check_isolation(engine, markers) else None
 
 
-async def add_lora_staged(engine: AsyncLLM, lora_request: LoRARequest) -> bool:
+async def add_lora_staged(engine: AsyncLLM, lora_request: LoRARequest, activate: bool = True) -> bool:
     """In place of `AsyncLLM.add_lora`: no step of the engine waits for a file or a conversion.
 
-    The adapter is loaded in the background of each worker, then taken over in slices between steps.
+    The adapter is loaded in the background of each worker, then taken over between steps. With `activate`
+    it also gets a slot, in slices; without, it waits in memory, and gets one with its first request.
 
     Raises:
         Exception: it could not be loaded; nothing of it is left.
@@ -162,7 +168,7 @@ async def add_lora_staged(engine: AsyncLLM, lora_request: LoRARequest) -> bool:
         while not all(await call_workers(engine, is_staged, adapter_id)):
             waited = time.monotonic() - started
             await asyncio.sleep(min(_POLL_S + _POLL_SHARE * waited, _LONGEST_POLL_S))
-        while not all(await call_workers(engine, insert_adapter, fields)):
+        while not all(await call_workers(engine, insert_adapter, fields, activate)):
             pass
     except BaseException:
         await asyncio.shield(call_workers(engine, forget_adapter, adapter_id))

@@ -148,6 +148,8 @@ class SafeWorkerLoRAManager(LRUCacheWorkerLoRAManager):  # type: ignore[misc]
         super().__init__(*args, **kwargs)
         self.loader = AdapterLoader(self._load)
         self._failed: dict[int, str] = {}
+        # Whether the front decides what is in memory. Then nothing leaves by itself, and no step loads.
+        self.is_owned = False
 
     def _load(self, request: LoRARequest) -> LoRAModel:
         from vllm.platforms import current_platform
@@ -191,6 +193,9 @@ class SafeWorkerLoRAManager(LRUCacheWorkerLoRAManager):  # type: ignore[misc]
         # Those in memory come first: an adapter of this batch must not leave to make room for another of it.
         ordered = [request for request in requests if request.lora_int_id in resident] + new
         failed = {}
+        if self.is_owned:  # a request that was aborted may still be in a step after its adapter left
+            failed = {request.lora_int_id: f"adapter {request.lora_name} is not loaded" for request in new}
+            ordered = ordered[: len(ordered) - len(new)]
         for request in ordered:
             try:
                 self.add_adapter(_without_reload(request))
@@ -216,11 +221,11 @@ class SafeWorkerLoRAManager(LRUCacheWorkerLoRAManager):  # type: ignore[misc]
                 self._adapter_manager.activate_adapter(adapter_id)
             raise
 
-    def insert(self, request: LoRARequest) -> bool:
-        """Take a staged adapter over, a slice at a time; True once it is whole and active.
+    def insert(self, request: LoRARequest, activate: bool = True) -> bool:
+        """Take a staged adapter over; with `activate` into a slot, a slice at a time. True once that is done.
 
         Raises:
-            Exception: it could not be loaded or activated; nothing of it is left.
+            Exception: it could not be loaded or activated, or there is no room; nothing of it is left.
         """
         manager, adapter_id = self._adapter_manager, request.lora_int_id
         if request.load_inplace:  # the old version serves until the new one is whole
@@ -228,14 +233,23 @@ class SafeWorkerLoRAManager(LRUCacheWorkerLoRAManager):  # type: ignore[misc]
         try:
             if adapter_id not in self.list_adapters():
                 lora = self._load_adapter(request)
-                if len(manager) + 1 > manager.capacity:
-                    manager.remove_oldest_adapter()
+                self._make_room()
                 manager.add_adapter(lora)
+            if not activate:
+                return True
             manager.begin_activation(adapter_id)
             return bool(manager.fill_some(adapter_id, SLICE_S))
         except Exception:
             manager.remove_adapter(adapter_id)
             raise
+
+    def _make_room(self) -> None:
+        manager = self._adapter_manager
+        if len(manager) + 1 <= manager.capacity:
+            return
+        if self.is_owned:
+            raise RuntimeError(f"all {manager.capacity} places of --max-cpu-loras are taken")
+        manager.remove_oldest_adapter()
 
 
 def _size(weights: Any) -> int:
