@@ -2,44 +2,33 @@
 
 One state file, written whole and atomically, is the truth; folders are an inbox (see `inbox.py`). What
 a method returned from is on the disk. One process writes, and holds a lock; any number read, and see a
-change by the revision number.
+change by the revision number. Within a process any thread may read and write: changes come one after the
+other, and a reader sees what was saved last, never what another thread is still putting together.
 """
 
 from __future__ import annotations
 
-import hashlib
-import os
 import shutil
-import weakref
+import threading
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from datetime import UTC, datetime
-from functools import partial
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import Any, TypeVar
 
-from vllm_lora_ext.errors import (
-    AdapterExists,
-    AdapterUnknown,
-    BadSetting,
-    StateLocked,
-    StateUnreadable,
-    StoreFailed,
-)
+from vllm_lora_ext.errors import AdapterExists, AdapterUnknown, BadSetting, StateLocked, StoreFailed
 from vllm_lora_ext.failpoints import failpoint
-from vllm_lora_ext.files import lock_file, read_whole, signature, sync_folder, write_new
+from vllm_lora_ext.files import signature, sync_folder
 from vllm_lora_ext.names import name_key
 from vllm_lora_ext.records import Entry, Event, FolderRecord, State, Version
 from vllm_lora_ext.spec import Finding
+from vllm_lora_ext.state_file import STATE_FILE, Saved, StateLock, read_state, sweep_partial, write_state
 from vllm_lora_ext.store import AdapterStore
-from vllm_lora_ext.strict_json import JsonRefused, canonical, parse_object
 
-STATE_FILE, LOCK_FILE, STORE_FOLDER = "catalog.json", "lock", "store"
-STATE_FORMAT = 1
+STORE_FOLDER = "store"
 KEEP_VERSIONS = 10
-_MAX_STATE_BYTES = 1 << 30
-_SHORTEST_PREFIX = 4
+_T = TypeVar("_T")
 
 
 class Catalog:
@@ -54,10 +43,10 @@ class Catalog:
         self.state_dir, self.readonly, self.keep_versions = state_dir, readonly, keep_versions
         self.store = AdapterStore(state_dir / STORE_FOLDER)
         self.incoming = state_dir / "incoming"  # what is fetched from elsewhere passes here
-        self._file = state_dir / STATE_FILE
-        self._lock = None if readonly else _Lock(state_dir)
-        self._seen: tuple[int, int, int] | None = None
-        self.revision, self._state, self._together = 0, State(), False
+        self._lock = None if readonly else StateLock(state_dir)
+        self._saved = Saved()  # replaced as a whole, so that a reader never sees half of a change
+        self._draft: tuple[int, State] | None = None  # what `together` has so far, for its own thread only
+        self._writing = threading.RLock()
         try:
             self.refresh()
             if not readonly:
@@ -76,20 +65,35 @@ class Catalog:
 
     def close(self) -> None:
         """Let another process write here."""
-        if self._lock is not None:
-            self._lock.release()
-            self._lock = None
+        with self._writing:
+            if self._lock is not None:
+                self._lock.release()
+                self._lock = None
+
+    def note_url(self, url: str) -> None:
+        """Note where this process can be asked, for those who meet its lock."""
+        self._must_write().note_url(url)
 
     # What there is.
 
+    @property
+    def revision(self) -> int:
+        """The number of the saved state; read it before what you follow, and no change is missed."""
+        return self._saved.revision
+
+    @property
+    def _state(self) -> State:
+        """What this thread sees, never changed: its own changes so far, or what was saved last."""
+        draft = self._draft
+        return draft[1] if draft is not None and draft[0] == threading.get_ident() else self._saved.state
+
     def refresh(self) -> bool:
         """Read the state file if it changed; whether it did. For those that follow."""
-        seen = signature(self._file)
-        if seen == self._seen and (seen is not None or self.revision == 0):
-            return False
-        self.revision, self._state = _read_state(self._file)
-        self._seen = seen
-        return True
+        with self._writing:
+            if signature(self.state_dir / STATE_FILE) == self._saved.signature:
+                return False
+            self._saved = read_state(self.state_dir)
+            return True
 
     def names(self) -> list[str]:
         """All names that are served, in order."""
@@ -101,14 +105,11 @@ class Catalog:
         Raises:
             AdapterUnknown: there is none.
         """
-        if name not in self._state.entries:
-            known = ", ".join(self.names()[:10]) or "no adapter"
-            raise AdapterUnknown(repr(name)[:80], "is no adapter here", f"There is: {known}.")
-        return self._state.entries[name]
+        return self._state.entry(name)
 
     def entries(self) -> list[Entry]:
         """All names with their versions, in order."""
-        return [self._state.entries[name] for name in self.names()]
+        return [entry for _, entry in sorted(self._state.entries.items())]
 
     def resolve(self, name: str, digest: str | None = None) -> Version:
         """A name's live version, or the one whose digest begins with `digest` (at least 4 digits).
@@ -116,17 +117,7 @@ class Catalog:
         Raises:
             AdapterUnknown: no such name, no such version, or several.
         """
-        entry = self.entry(name)
-        wanted = entry.live if digest is None else digest
-        if len(wanted) < _SHORTEST_PREFIX:
-            rule = f"is too short for the beginning of a digest: {_SHORTEST_PREFIX} digits at least"
-            raise AdapterUnknown(repr(wanted)[:80], rule, "`vllm-lora show` lists the versions.")
-        found = [version for version in entry.versions if version.digest.startswith(wanted)]
-        if len(found) != 1:
-            there = ", ".join(version.digest[:12] for version in entry.versions)
-            rule = f"is {'several versions' if len(found) > 1 else 'no version'} of {name}"
-            raise AdapterUnknown(repr(wanted)[:80], rule, f"There is: {there}.")
-        return found[0]
+        return self._state.entry(name).find(digest)
 
     def folders(self) -> Mapping[str, FolderRecord]:
         """What is known of the folders that were looked at, by their key."""
@@ -159,9 +150,9 @@ class Catalog:
             AdapterExists: the name belongs to something else, or is there and `replace` is off.
             VersionMissing, VersionDamaged: the store does not hold it.
         """
-        self.store.open(version.digest)
 
-        def change(state: State) -> None:
+        def change(state: State) -> Entry:
+            self.store.open(version.digest)  # here, where nobody can collect it before it has its name
             self._check_name(state, name, version, replace, folder)
             old = state.entries.get(name)
             event = Event(now(), "publish", version.digest)
@@ -173,9 +164,9 @@ class Catalog:
             state.entries[name] = entry.pruned(self.keep_versions)
             if folder is not None and record is not None:
                 state.folders[folder] = record
+            return state.entries[name]
 
-        self._commit(change)
-        return self.entry(name)
+        return self._commit(change)
 
     def _check_name(
         self, state: State, name: str, version: Version, replace: bool, folder: str | None
@@ -200,17 +191,17 @@ class Catalog:
         Raises:
             AdapterUnknown: no such name or version, or there is none before.
         """
-        entry = self.entry(name)
-        digest = self.resolve(name, to).digest if to is not None else entry.previous()
-        if digest is None:
-            fix = "`vllm-lora show` lists what there is; --to makes any of them live."
-            raise AdapterUnknown(name, "has no earlier version than the live one", fix)
 
-        def change(state: State) -> None:
+        def change(state: State) -> Version:
+            entry = state.entry(name)
+            digest = entry.find(to).digest if to is not None else entry.previous()
+            if digest is None:
+                fix = "`vllm-lora show` lists what there is; --to makes any of them live."
+                raise AdapterUnknown(name, "has no earlier version than the live one", fix)
             state.entries[name] = entry.with_live(digest, Event(now(), "rollback", digest))
+            return state.entries[name].live_version
 
-        self._commit(change)
-        return self.resolve(name)
+        return self._commit(change)
 
     def set_traffic(self, name: str, percent: Mapping[str, int]) -> Entry:
         """Split a name's requests over versions: digest -> percent, 100 together; empty for the live one.
@@ -219,16 +210,17 @@ class Catalog:
             AdapterUnknown: no such name or version.
             BadSetting: the percents do not make 100.
         """
-        entry = self.entry(name)
-        split = {self.resolve(name, digest).digest: share for digest, share in percent.items()}
-        if split and (sum(split.values()) != 100 or any(type(s) is not int or s < 0 for s in split.values())):
-            raise BadSetting("traffic", "percents must be whole numbers that make 100", "Change them.")
 
-        def change(state: State) -> None:
+        def change(state: State) -> Entry:
+            entry = state.entry(name)
+            split = {entry.find(digest).digest: share for digest, share in percent.items()}
+            whole = all(type(share) is int and share >= 0 for share in split.values())
+            if split and not (whole and sum(split.values()) == 100):
+                raise BadSetting("traffic", "percents must be whole numbers that make 100", "Change them.")
             state.entries[name] = entry.with_traffic(split, Event(now(), "traffic", entry.live))
+            return state.entries[name]
 
-        self._commit(change)
-        return self.entry(name)
+        return self._commit(change)
 
     def remove(self, names: Collection[str], forget_folders: Collection[str] = ()) -> None:
         """Take names out of service. Their folders are not taken again until they change.
@@ -238,12 +230,10 @@ class Catalog:
         Raises:
             AdapterUnknown: a name is not there; nothing was changed.
         """
-        for name in names:
-            self.entry(name)
 
         def change(state: State) -> None:
             for name in names:
-                del state.entries[name]
+                del state.entries[state.entry(name).name]
             for key in forget_folders:
                 state.folders.pop(key, None)
 
@@ -257,8 +247,9 @@ class Catalog:
     def note_base(self, name: str, fingerprint: str) -> None:
         """Remember which base model the versions are judged against."""
         base = {"name": name, "fingerprint": fingerprint}
-        if self.base() != base:
-            self._commit(lambda state: state.base.update(base))
+        with self._writing:
+            if self.base() != base:
+                self._commit(lambda state: state.base.update(base))
 
     def record_proof(self, digest: str, kind: str, result: Mapping[str, Any]) -> None:
         """Keep what was proved of a version, beside the store, which is never written again."""
@@ -266,66 +257,62 @@ class Catalog:
 
     def collect(self) -> list[str]:
         """Remove from the store what no name needs and nobody leases; their digests."""
-        if self.readonly:
-            raise StateLocked(str(self.state_dir), "was opened for reading", "Open it for writing.")
-        return self.store.collect(self._state.digests())
+        with self._writing:  # or a version would go that gets its name back meanwhile
+            self._must_write()
+            return self.store.collect(self._saved.state.digests() | self._state.digests())
 
     # How it is kept.
 
     @contextmanager
     def together(self) -> Iterator[None]:
-        """Changes in this block become one: on the disk at its end, or none of them if that fails."""
-        before, self._together = self._state, True
-        try:
-            yield
-        except BaseException:
-            self._state = before
-            raise
-        finally:
-            self._together = False
-        after, self._state = self._state, before
-        if after is not before:
-            self._save(after)
+        """Changes in this block become one: on the disk at its end, or none of them if that fails.
 
-    def _commit(self, change: Callable[[State], object]) -> None:
+        Other threads that write wait for its end; those that read see what was before it until then.
+        """
+        with self._writing:
+            outer = self._draft
+            self._draft = (threading.get_ident(), self._state)
+            try:
+                yield
+                state = self._state
+            finally:
+                self._draft = outer
+            self._keep(state)
+
+    def _commit(self, change: Callable[[State], _T]) -> _T:
+        with self._writing:
+            state = self._state.copy()
+            outcome = change(state)
+            self._must_write()
+            self._keep(state)
+            return outcome
+
+    def _must_write(self) -> StateLock:
         if self._lock is None:
-            raise StateLocked(str(self.state_dir), "was opened for reading", "Open it for writing.")
-        state = self._state.copy()
-        change(state)
-        if self._together:
-            self._state = state
-        else:
+            rule = "was opened for reading" if self.readonly else "was closed"
+            raise StateLocked(str(self.state_dir), rule, "Open it for writing.")
+        return self._lock
+
+    def _keep(self, state: State) -> None:
+        """Save a state, or leave that to the block around."""
+        if self._draft is not None:
+            self._draft = (threading.get_ident(), state)
+        elif state is not self._saved.state:
             self._save(state)
 
     def _save(self, state: State) -> None:
         state.forget_proofs()
         failpoint("catalog.changed")
         try:
-            self._write(state)
-            # From here on whoever opens the file sees the change, so we do.
-            self._state = state
-            self.revision += 1
-            self._seen = signature(self._file)
+            # Once it is written whoever opens the file sees the change, so we do.
+            self._saved = write_state(self.state_dir, self._saved.revision + 1, state)
             sync_folder(self.state_dir)
         except OSError as error:
             raise StoreFailed(STATE_FILE, error) from error
         failpoint("catalog.committed")
 
-    def _write(self, state: State) -> None:
-        body = {"format": STATE_FORMAT, "revision": self.revision + 1, "state": state.to_json()}
-        body["checksum"] = _checksum(body)
-        partial = self.state_dir / f".{STATE_FILE}.partial"
-        partial.unlink(missing_ok=True)
-        try:
-            write_new(partial, canonical(body))
-            failpoint("catalog.partial")
-            partial.rename(self._file)
-        finally:
-            partial.unlink(missing_ok=True)
-        failpoint("catalog.renamed")
-
     def _sweep(self) -> None:
-        (self.state_dir / f".{STATE_FILE}.partial").unlink(missing_ok=True)
+        sweep_partial(self.state_dir)
         self.store.sweep()
         shutil.rmtree(self.incoming, ignore_errors=True)
 
@@ -333,65 +320,3 @@ class Catalog:
 def now() -> str:
     """The time as the catalog notes it: UTC, ISO 8601."""
     return datetime.now(UTC).isoformat(timespec="seconds")
-
-
-def _checksum(body: Mapping[str, Any]) -> str:
-    return hashlib.sha256(canonical({key: body[key] for key in ("format", "revision", "state")})).hexdigest()
-
-
-class _Lock:
-    """The lock of a state folder. It ends with the process, and a forked child does not keep it.
-
-    Raises:
-        StateLocked: another process has it.
-        BadSetting: the folder cannot be used.
-    """
-
-    def __init__(self, state_dir: Path) -> None:
-        try:
-            state_dir.mkdir(parents=True, exist_ok=True)
-            self._file = (state_dir / LOCK_FILE).open("a+")
-        except OSError as error:
-            rule = f"cannot be used ({error.strerror})"
-            raise BadSetting(str(state_dir), rule, "Choose another --state-dir.") from error
-        if not lock_file(self._file.fileno()):
-            self._file.seek(0)
-            owner = self._file.read(100).strip() or "another process"
-            self.release()
-            rule = f"is in use by {owner}"
-            raise StateLocked(str(state_dir), rule, "Stop it, or choose another --state-dir.")
-        self._file.truncate(0)
-        self._file.write(f"process {os.getpid()}\n")
-        self._file.flush()
-        os.register_at_fork(after_in_child=partial(_release_if_alive, weakref.ref(self)))
-
-    def release(self) -> None:
-        """Let another process have it."""
-        self._file.close()
-
-
-def _release_if_alive(reference: weakref.ref[_Lock]) -> None:
-    if (lock := reference()) is not None:
-        lock.release()
-
-
-def _read_state(path: Path) -> tuple[int, State]:
-    fix = (
-        "Put back a copy of it, or move it away: folders are then taken again, and names that were "
-        "published by command have to be published again."
-    )
-    try:
-        body = parse_object(read_whole(path, _MAX_STATE_BYTES))
-    except FileNotFoundError:
-        return 0, State()
-    except JsonRefused as error:
-        raise StateUnreadable(str(path), f"is damaged: it {error.rule}", fix) from error
-    except (OSError, ValueError) as error:
-        raise StateUnreadable(str(path), f"cannot be read ({error})", fix) from error
-    found = body.get("format")
-    if found != STATE_FORMAT:
-        rule = f"is of format {str(found)[:20]}, this vllm-lora knows {STATE_FORMAT}"
-        raise StateUnreadable(str(path), rule, "Use the vllm-lora that wrote it, or a later one.")
-    if not {"revision", "state", "checksum"} <= set(body) or body["checksum"] != _checksum(body):
-        raise StateUnreadable(str(path), "is damaged: its checksum does not fit", fix)
-    return body["revision"], State.from_json(body["state"])

@@ -110,10 +110,11 @@ class Inbox:
 
     def _retire(self, sources: Sequence[AdapterSource]) -> None:
         there = {source.key for source in sources}
-        gone = set(self.catalog.folders()) - there
-        names = [entry.name for entry in self.catalog.entries() if entry.folder in gone]
-        if gone:
-            self.catalog.remove(names, forget_folders=gone)
+        with self.catalog.together():  # nobody else removes a name in between
+            gone = set(self.catalog.folders()) - there
+            names = [entry.name for entry in self.catalog.entries() if entry.folder in gone]
+            if gone:
+                self.catalog.remove(names, forget_folders=gone)
 
     def take_all(self, items: Iterable[Item], done: _Done | None = None) -> None:
         """Admit every pending item and publish it; a refusal is noted and logged, and stops nobody else.

@@ -11,6 +11,8 @@ from vllm_lora_ext.spec import Finding
 MAX_LENGTH = 64
 # Words that vLLM gives a meaning of its own (content types, its adapters for warming up).
 _RESERVED = re.compile(r"text|image|audio|video|input|warmup_\d+")
+# What the server's routes for one adapter end in: /v1/adapters/{name}/rollback.
+_ROUTE_ENDS = {"rollback", "traffic"}
 _KINDS = {"L", "M", "N"}  # letters, their marks, digits
 # Letters and marks that nobody sees, so that two names would look alike.
 _INVISIBLE = {0x034F, 0x115F, 0x1160, 0x17B4, 0x17B5, 0x3164, 0xFFA0, *range(0x180B, 0x1810)} | {
@@ -40,6 +42,9 @@ def judge_name(name: str, base_names: Collection[str] = ()) -> list[Finding]:
     is_word = _RESERVED.fullmatch(key)
     if is_word or key in map(name_key, base_names):
         rule = "is a word with a meaning of its own" if is_word else "is the base model's name"
+        return [Finding("adapter_name_reserved", name, rule, _FIX)]
+    if "/" in key and key.rpartition("/")[2] in _ROUTE_ENDS:
+        rule = "must not end in /rollback or /traffic, which mean something else in a URL"
         return [Finding("adapter_name_reserved", name, rule, _FIX)]
     return []
 

@@ -7,9 +7,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from vllm_lora_ext.errors import AdapterUnknown
 from vllm_lora_ext.spec import Finding, Severity
 
 _HISTORY = 100  # events per name
+_SHORTEST_PREFIX = 4
 
 
 @dataclass(frozen=True)
@@ -65,6 +67,23 @@ class Entry:
     def live_version(self) -> Version:
         """The version that answers to the bare name."""
         return next(version for version in self.versions if version.digest == self.live)
+
+    def find(self, digest: str | None = None) -> Version:
+        """The live version, or the one whose digest begins with `digest` (at least 4 digits).
+
+        Raises:
+            AdapterUnknown: there is none, or several.
+        """
+        wanted = self.live if digest is None else digest
+        if len(wanted) < _SHORTEST_PREFIX:
+            rule = f"is too short for the beginning of a digest: {_SHORTEST_PREFIX} digits at least"
+            raise AdapterUnknown(repr(wanted)[:80], rule, "`vllm-lora show` lists the versions.")
+        found = [version for version in self.versions if version.digest.startswith(wanted)]
+        if len(found) != 1:
+            there = ", ".join(version.digest[:12] for version in self.versions)
+            rule = f"is {'several versions' if len(found) > 1 else 'no version'} of {self.name}"
+            raise AdapterUnknown(repr(wanted)[:80], rule, f"There is: {there}.")
+        return found[0]
 
     def previous(self) -> str | None:
         """The digest that was published before the live one and is still there."""
@@ -131,6 +150,17 @@ class State:
         """A copy whose tables can be changed; the records in them are frozen."""
         proofs = {digest: dict(proof) for digest, proof in self.proofs.items()}
         return State(dict(self.entries), dict(self.folders), proofs, dict(self.base))
+
+    def entry(self, name: str) -> Entry:
+        """A name with its versions.
+
+        Raises:
+            AdapterUnknown: there is none.
+        """
+        if name not in self.entries:
+            known = ", ".join(sorted(self.entries)[:10]) or "no adapter"
+            raise AdapterUnknown(repr(name)[:80], "is no adapter here", f"There is: {known}.")
+        return self.entries[name]
 
     def digests(self) -> set[str]:
         """Every version that some name has."""

@@ -233,6 +233,8 @@ def test_names_that_could_mean_something_else_are_refused(name: str) -> None:
         "Text",
         "BASE",
         "a@b",
+        "a/rollback",
+        "a/b/Traffic",
     ],
 )
 def test_reserved_names_are_refused(name: str) -> None:

@@ -243,7 +243,7 @@ def test_a_full_disk_leaves_the_state_as_it_was(
         path.write_bytes(data[:10])
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("vllm_lora_ext.catalog.write_new", no_space)
+    monkeypatch.setattr("vllm_lora_ext.state_file.write_new", no_space)
     with pytest.raises(StoreFailed, match="the disk is full"):
         catalog.remove(["a"])
     assert catalog.names() == ["a"] and reopened(catalog).names() == ["a"]

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 
 from tests.conftest import BASE_CONFIG, lora_tensors
+from vllm_lora_ext import catalog as catalog_module
 from vllm_lora_ext import files
 from vllm_lora_ext import inbox as inbox_module
 from vllm_lora_ext.base_model import BaseModel
@@ -21,7 +22,9 @@ from vllm_lora_ext.errors import BadSetting
 from vllm_lora_ext.inbox import Inbox, Item
 from vllm_lora_ext.inspection import Inspection, Rules
 from vllm_lora_ext.publishing import publish
+from vllm_lora_ext.records import State
 from vllm_lora_ext.sources import AdapterSource, find_sources, name_and_place, stated_module
+from vllm_lora_ext.state_file import Saved
 
 MakeAdapter = Callable[..., Path]
 RULES = Rules(BaseModel("base", BASE_CONFIG))
@@ -311,14 +314,14 @@ def test_when_the_state_cannot_be_saved_it_is_tried_again(
 ) -> None:
     make_adapter("a"), make_adapter("b", lora_alpha=4)
     monkeypatch.setattr(inbox_module, "_SAVE_EVERY_S", 0.0)
-    upstream, failures = Catalog._write, iter([True, False, False])
+    upstream, failures = catalog_module.write_state, iter([True, False, False])
 
-    def write(self: Catalog, state: object) -> None:
+    def write(folder: Path, revision: int, state: State) -> Saved:
         if next(failures, False):
             raise OSError(28, "No space left on device")
-        upstream(self, state)  # type: ignore[arg-type]
+        return upstream(folder, revision, state)
 
-    monkeypatch.setattr(Catalog, "_write", write)
+    monkeypatch.setattr(catalog_module, "write_state", write)
     fleet.restart()
     assert fleet.catalog.names() == ["a", "b"]
 
