@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,7 +12,7 @@ from vllm_lora_ext.errors import VersionDamaged, VersionMissing
 from vllm_lora_ext.inspection import Rules
 from vllm_lora_ext.publishing import judge_published
 from vllm_lora_ext.records import Entry, Version
-from vllm_lora_ext.spec import Finding, printable
+from vllm_lora_ext.spec import Finding, Severity, printable
 
 
 @dataclass(frozen=True)
@@ -66,6 +66,11 @@ def unpublished_view(name: str, state: str, findings: Sequence[Finding] = ()) ->
     }
 
 
+def removed_view(name: str) -> dict[str, Any]:
+    """A name that was taken out of service."""
+    return {"id": name, "object": "adapter", "deleted": True}
+
+
 def adapter_detail(
     entry: Entry,
     findings: Sequence[Finding],
@@ -103,6 +108,18 @@ def finding_data(finding: Finding) -> dict[str, str]:
         "fix": finding.fix,
         "severity": finding.severity.value,
     }
+
+
+def read_findings(items: object) -> list[Finding]:
+    """The inverse for what a server sent, which may be anything."""
+    found = items if isinstance(items, list) else []
+    return [_read_finding(item) for item in found if isinstance(item, dict)]
+
+
+def _read_finding(item: Mapping[str, Any]) -> Finding:
+    code, thing, rule, fix = (printable(str(item.get(key) or "")) for key in ("code", "item", "rule", "fix"))
+    known = item.get("severity") in list(Severity)
+    return Finding(code, thing, rule, fix, Severity(item["severity"]) if known else Severity.REFUSED)
 
 
 def _identity(name: str, version: Version | None) -> dict[str, Any]:

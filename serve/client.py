@@ -6,8 +6,11 @@ import os
 from typing import TYPE_CHECKING
 from urllib.parse import urlsplit
 
+import httpx2
+
+from vllm_lora_ext.errors import BadSetting
+
 if TYPE_CHECKING:
-    import httpx2
     import openai
 
 DEFAULT_URL = "http://127.0.0.1:8000"
@@ -24,7 +27,7 @@ def make_client(url: str, timeout_s: float = 120.0) -> openai.OpenAI:
     import openai
 
     return openai.OpenAI(
-        base_url=_endpoint(url),
+        base_url=endpoint(url),
         api_key=_key(),
         max_retries=0,
         timeout=timeout_s,
@@ -39,7 +42,7 @@ def make_async_client(
     import openai
 
     return openai.AsyncOpenAI(
-        base_url=_endpoint(url),
+        base_url=endpoint(url),
         api_key=_key(),
         max_retries=0,
         timeout=timeout_s,
@@ -49,7 +52,8 @@ def make_async_client(
     )
 
 
-def _endpoint(url: str) -> str:
+def endpoint(url: str) -> str:
+    """Where the interface begins, whether the URL that was given ends with `/v1` or not."""
     return f"{url.rstrip('/').removesuffix('/v1')}/v1"
 
 
@@ -60,3 +64,21 @@ def _key() -> str:
 def uses_proxy(url: str) -> bool:
     """A proxy from the environment is for other machines, never for this one."""
     return urlsplit(url).hostname not in _LOOPBACK
+
+
+def without_password(url: str) -> str:
+    """The URL as it may be shown and kept."""
+    parts = urlsplit(url)
+    return url.replace(f"{parts.netloc.rpartition('@')[0]}@", "", 1) if "@" in parts.netloc else url
+
+
+def require_url(url: str) -> None:
+    """Raises BadSetting for what is no address of a server."""
+    try:
+        parts = urlsplit(url)
+        sound = parts.scheme in ("http", "https") and bool(parts.hostname) and (parts.port or 1) > 0
+        httpx2.URL(url)
+    except (ValueError, httpx2.InvalidURL):
+        sound = False
+    if not sound:
+        raise BadSetting(f"--url {url!r}", "is no address of a server", "Write http://HOST:PORT.")

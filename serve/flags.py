@@ -25,7 +25,7 @@ def at_least(least: int) -> Callable[[str], int]:
     return whole_number
 
 
-def add_rules_flags(parser: argparse.ArgumentParser) -> None:
+def add_rules_flags(parser: argparse._ActionsContainer) -> None:
     """What adapters are judged by."""
     parser.add_argument(
         "--base-model", metavar="DIR_OR_HUB_ID", help="default: the one that the adapters name"

@@ -9,6 +9,7 @@ from dataclasses import asdict, replace
 from datetime import UTC, datetime
 from typing import Any
 
+from serve.client import require_url, without_password
 from serve.loadtest.arrivals import arrival_times, constant_rate
 from serve.loadtest.check import QUESTIONS, AloneAnswer, check_answers, record_alone
 from serve.loadtest.client import Exchange, LoadPlan, load_client
@@ -35,10 +36,8 @@ from serve.loadtest.server_facts import (
     adapter_slots,
     chosen_models,
     measure_scale,
-    require_url,
     scrape,
     server_version,
-    without_password,
 )
 from serve.loadtest.stats import figures_of
 from serve.loadtest.sweep import Point, Saturation, keeping_up, run_sweep

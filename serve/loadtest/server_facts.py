@@ -9,7 +9,6 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
-from urllib.parse import urlsplit
 
 import httpx2
 import openai
@@ -19,7 +18,6 @@ from serve.loadtest.client import error_detail
 from serve.loadtest.workload import WORDS, TokenScale
 from vllm_lora_ext.errors import (
     AdapterUnknown,
-    BadSetting,
     ServerFailed,
     ServerUnreachable,
     VllmLoraError,
@@ -164,24 +162,6 @@ def server_error(url: str, error: Exception) -> VllmLoraError:
         return ServerFailed(url, f"answers HTTP {error.status_code}{told}", fix)
     rule = f"the answer cannot be read ({type(error).__name__})"
     return ServerFailed(url, rule, "Is it an OpenAI-compatible server?")
-
-
-def without_password(url: str) -> str:
-    """The URL as it may be shown and kept."""
-    parts = urlsplit(url)
-    return url.replace(f"{parts.netloc.rpartition('@')[0]}@", "", 1) if "@" in parts.netloc else url
-
-
-def require_url(url: str) -> None:
-    """Raises BadSetting for what is no address of a server."""
-    try:
-        parts = urlsplit(url)
-        sound = parts.scheme in ("http", "https") and bool(parts.hostname) and (parts.port or 1) > 0
-        httpx2.URL(url)
-    except (ValueError, httpx2.InvalidURL):
-        sound = False
-    if not sound:
-        raise BadSetting(f"--url {url!r}", "is no address of a server", "Write http://HOST:PORT.")
 
 
 def _require_answer(url: str, name: str, served: Sequence[str]) -> None:
