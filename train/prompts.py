@@ -7,26 +7,18 @@ the same token ids (the usual reason why "the fine-tune had no effect").
 
 from __future__ import annotations
 
-import json
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from train.data import Row
-from vllm_lora_ext.errors import BadBaseModel, BadData, BadSetting
+from vllm_lora_ext.errors import BadBaseModel, BadData
+from vllm_lora_ext.prompt_text import text_template
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-CLASSIC = "Human: {instruction}\n{input}\n\nAssistant: "
 IGNORED = -100  # label of a token that carries no loss (torch.nn.CrossEntropyLoss)
-
-_TEXT_FORM = re.compile(
-    r"(?P<before>.*)\{instruction\}(?:(?P<between>\s*)\{input\})?(?P<after>.*)", re.DOTALL
-)
-
-_SLOT = re.compile(r"\{(instruction|input)\}")
 
 
 @dataclass(frozen=True)
@@ -72,15 +64,6 @@ def prompt_form(prompt_template: str, tokenizer: PreTrainedTokenizerBase) -> Pro
             )
         _check_renders(template, tokenizer)
         return PromptForm(template)
-    text = CLASSIC if prompt_template == "classic" else prompt_template.replace("\\n", "\n")
-    match = _TEXT_FORM.fullmatch(text)
-    if not match or _SLOT.search(match["before"] + match["after"]):
-        raise BadSetting(
-            f"--prompt-template {prompt_template!r}",
-            "must hold {instruction} once, and {input} only directly behind it, because a chat "
-            "message is one text",
-            r"For example 'Human: {instruction}\n{input}\n\nAssistant: '.",
-        )
     end = tokenizer.eos_token
     if not isinstance(end, str):
         raise BadBaseModel(
@@ -89,8 +72,7 @@ def prompt_form(prompt_template: str, tokenizer: PreTrainedTokenizerBase) -> Pro
             "Set eos_token in its tokenizer_config.json.",
         )
     begin = tokenizer.bos_token if _adds_begin(tokenizer) else ""
-    template = _text_template(match["before"], match["after"], str(begin), end)
-    return PromptForm(template, match["between"] if match["between"] is not None else "\n")
+    return PromptForm(*text_template(prompt_template, end, str(begin)))
 
 
 def _check_renders(template: str, tokenizer: PreTrainedTokenizerBase) -> None:
@@ -111,30 +93,6 @@ def _check_renders(template: str, tokenizer: PreTrainedTokenizerBase) -> None:
 def _adds_begin(tokenizer: PreTrainedTokenizerBase) -> bool:
     """Whether plain text gets a begin token in front, which a chat template then has to write itself."""
     return tokenizer.bos_token_id is not None and tokenizer("a")["input_ids"][:1] == [tokenizer.bos_token_id]
-
-
-def _text_template(before: str, after: str, begin: str, end: str) -> str:
-    """A chat template that writes the text form, turn after turn.
-
-    Space around question and lead-in is stripped, as the classic script does
-    before it appends the answer's lead-in. A system message stands in front of
-    the question that follows it. String literals are JSON, which Jinja reads.
-    """
-    lead, tail, start, stop = (json.dumps(part, ensure_ascii=False) for part in (before, after, begin, end))
-    return (
-        "{% set turn = namespace(system='') %}"
-        "{{ " + start + " }}"
-        "{% for message in messages %}"
-        "{% if message['role'] == 'system' %}"
-        "{% set turn.system = message['content'] + '\\n\\n' %}"
-        "{% elif message['role'] == 'user' %}"
-        "{{ (turn.system + " + lead + " + message['content']).strip() + " + tail + " }}"
-        "{% set turn.system = '' %}"
-        "{% else %}"
-        "{{ message['content'] + " + stop + " }}"
-        "{% endif %}"
-        "{% endfor %}"
-    )
 
 
 def encode_row(row: Row, form: PromptForm, tokenizer: PreTrainedTokenizerBase) -> Example:

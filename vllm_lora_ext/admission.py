@@ -39,6 +39,7 @@ NOT_ALLOWABLE = frozenset(
         *("not_regular_file", "link_refused", "pickle_refused", "too_large", "too_many_files"),
         "dtype_unsupported",  # such a tensor is not stored, and nobody would miss it
         *("permission_denied", "read_failed", "changed_while_reading", "signature_invalid", "quota_exceeded"),
+        "stated_chat_invalid",  # who states chat settings does not want to be served without them
     }
 )
 

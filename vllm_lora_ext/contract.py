@@ -27,7 +27,7 @@ CHAT_FILES = (TEMPLATE_FILE, IDENTITY_FILE, GENERATION_FILE, TOKENIZER_FILE)
 IDENTITY_FORMAT = 1
 # Tokenizers of 260,000 tokens have configs of 1.2 MB; identity.json is read more than once.
 _MAX_BYTES, _MAX_TOKENIZER_BYTES = 1 << 20, 8 << 20
-_MAX_STOPS, _MAX_SYSTEM_PROMPT, _MAX_FILES = 16, 64 << 10, 100
+_MAX_STOPS, _MAX_STOP, _MAX_SYSTEM_PROMPT, _MAX_FILES = 16, 1000, 64 << 10, 100
 # Sampling settings of `generation_config.json` that mean the same to vLLM, with the values they may have.
 _SAMPLING: dict[str, tuple[float, float]] = {
     "temperature": (0.0, 100.0),
@@ -200,21 +200,35 @@ def _check_text(text: str | None) -> None:
 
 def _system_prompt(identity: Mapping[str, Any]) -> str | None:
     prompt = identity.get("system_prompt")
-    if prompt is None:
-        return None
-    if not isinstance(prompt, str) or len(prompt) > _MAX_SYSTEM_PROMPT:
-        rule = f"system_prompt must be a text of at most {_MAX_SYSTEM_PROMPT} characters"
+    if prompt is not None and (rule := system_prompt_problem(prompt)):
         raise BadChatSettings(IDENTITY_FILE, rule, "Change it.")
     return prompt or None
 
 
+def system_prompt_problem(prompt: object) -> str | None:
+    """The rule that a system prompt breaks, if it breaks one."""
+    if isinstance(prompt, str) and len(prompt) <= _MAX_SYSTEM_PROMPT:
+        return None
+    return f"system_prompt must be a text of at most {_MAX_SYSTEM_PROMPT} characters"
+
+
 def _stops(identity: Mapping[str, Any]) -> tuple[str, ...]:
     stops = identity.get("stop") or []
-    fits = isinstance(stops, list) and len(stops) <= _MAX_STOPS
-    if not fits or not all(isinstance(stop, str) and 0 < len(stop) <= 1000 for stop in stops):
-        rule = f"stop must be a list of at most {_MAX_STOPS} texts"
+    if rule := stop_problem(stops):
         raise BadChatSettings(IDENTITY_FILE, rule, "Change it.")
     return tuple(stops)
+
+
+def stop_problem(stops: Any) -> str | None:
+    """The rule that stop strings break, if they break one."""
+    listed = isinstance(stops, list | tuple)
+    if listed and len(stops) <= _MAX_STOPS and all(map(_is_stop, stops)):
+        return None
+    return f"stop must be a list of at most {_MAX_STOPS} texts of 1 to {_MAX_STOP} characters"
+
+
+def _is_stop(stop: object) -> bool:
+    return isinstance(stop, str) and 0 < len(stop) <= _MAX_STOP
 
 
 def _sampling(generation: Mapping[str, Any]) -> dict[str, float]:

@@ -11,7 +11,7 @@ import dataclasses
 import logging
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +19,7 @@ from typing import TypeAlias
 
 from vllm_lora_ext.background import lower_priority
 from vllm_lora_ext.catalog import Catalog, now
+from vllm_lora_ext.chat_override import AS_IT_IS, ChatOverride
 from vllm_lora_ext.contract import ChatSettings
 from vllm_lora_ext.errors import AdapterRefused, BadInput, StoreFailed, VllmLoraError
 from vllm_lora_ext.inspection import Inspection, Rules, inspect_adapter, source_signature
@@ -40,6 +41,7 @@ _PASSING = frozenset(
         *("permission_denied", "too_many_files", "read_failed", "adapter_missing", "changed_while_reading"),
         *("adapter_exists", "source_unreachable", "store_failed", "internal_error", "checksum_mismatch"),
         "template_refused",  # its trial may have met a busy machine
+        "stated_chat_invalid",  # it is the base model's tokenizer that is missing
     }
 )
 
@@ -66,10 +68,15 @@ _Done: TypeAlias = Callable[[Item, Inspection], None]
 
 
 class Inbox:
-    """Takes the adapters of sources into a catalog, judged by `rules`."""
+    """Takes the adapters of sources into a catalog, judged by `rules`.
 
-    def __init__(self, catalog: Catalog, rules: Rules) -> None:
-        self.catalog, self.rules = catalog, rules
+    `chat` are the chat settings that are stated for some of them, by name.
+    """
+
+    def __init__(
+        self, catalog: Catalog, rules: Rules, chat: Mapping[str, ChatOverride] | None = None
+    ) -> None:
+        self.catalog, self.rules, self._chat = catalog, rules, dict(chat or {})
         self._stopped = threading.Event()
         base = rules.base.fingerprint if rules.base else ""
         self._rules_mark = " ".join(
@@ -100,13 +107,19 @@ class Inbox:
         return items
 
     def _look(self, source: AdapterSource, record: FolderRecord | None) -> Item:
+        stated = self._stated(source)
+        if record is not None and record.chat != stated.digest:
+            record = None
         if source.folder is None:  # what was fetched once stays until it is published again
             return Item(source, record if record and record.source_digest else None)
         if record is not None and record.signature == source_signature(source.folder):
             same_rules = record.rules == self._rules_mark
             if same_rules or not record.findings:
                 return Item(source, record)
-        return Item(source, None, inspect_adapter(source.folder, self.rules, source.name, try_template=False))
+        return Item(source, None, inspect_adapter(source.folder, self.rules, source.name, False, stated))
+
+    def _stated(self, source: AdapterSource) -> ChatOverride:
+        return self._chat.get(source.name, AS_IT_IS)
 
     def _retire(self, sources: Sequence[AdapterSource]) -> None:
         there = {source.key for source in sources}
@@ -160,8 +173,11 @@ class Inbox:
         if item.inspection is not None and not item.inspection.admitted:
             return item.inspection
         try:
+            stated = self._stated(item.source)
             with fetched(item.source, self.catalog.incoming) as folder:
-                return admit(folder, self.catalog.store, self.rules, item.source.name, item.inspection)
+                return admit(
+                    folder, self.catalog.store, self.rules, item.source.name, item.inspection, stated
+                )
         except VllmLoraError as error:
             return error
         except Exception as error:  # a flaw of ours, or of a library that fetches: the others go on
@@ -223,7 +239,8 @@ class Inbox:
         old = self.catalog.folders().get(item.source.key)
         kept = old.source_digest if old and source_digest is None else source_digest
         signature = () if item.source.is_remote else looked_at.signature
-        return FolderRecord(kept, signature, printable(item.source.name), findings, self._rules_mark)
+        name, stated = printable(item.source.name), self._stated(item.source)
+        return FolderRecord(kept, signature, name, findings, self._rules_mark, stated.digest)
 
 
 def version_of(admitted: Admitted, catalog: Catalog, rules: Rules, source: AdapterSource) -> Version:

@@ -12,6 +12,7 @@ from pathlib import Path
 
 from vllm_lora_ext.admission import SERVED_DTYPES, allow, is_base_weight, judge, refused
 from vllm_lora_ext.base_model import BaseModel, read_base_model
+from vllm_lora_ext.chat_override import AS_IT_IS, ChatOverride
 from vllm_lora_ext.chat_template import check_template, judge_template
 from vllm_lora_ext.contract import (
     CHAT_FILES,
@@ -20,7 +21,7 @@ from vllm_lora_ext.contract import (
     read_provenance,
     stated_digests,
 )
-from vllm_lora_ext.errors import AdapterRefused, BadBaseModel, BadInput
+from vllm_lora_ext.errors import AdapterRefused, BadBaseModel, BadInput, BadSetting
 from vllm_lora_ext.files import RegularFile, signature
 from vllm_lora_ext.names import judge_name
 from vllm_lora_ext.peft_format import (
@@ -84,12 +85,17 @@ class Inspection:
 
 
 def inspect_adapter(
-    path: Path, rules: Rules | None = None, name: str | None = None, try_template: bool = True
+    path: Path,
+    rules: Rules | None = None,
+    name: str | None = None,
+    try_template: bool = True,
+    stated: ChatOverride = AS_IT_IS,
 ) -> Inspection:
     """Read config, header and chat settings of `path` and judge them; never raises for what it holds.
 
     Takes milliseconds: the values of the weights are left to `inspect_values`. With `try_template` a chat
-    template that nobody tried before is rendered in a child process, which takes a tenth of a second.
+    template that nobody tried before is rendered in a child process, which takes a tenth of a second. What
+    is `stated` of the chat settings stands in the place of what the folder says.
     """
     rules = rules or Rules()
     name = public_name(path) if name is None else name
@@ -99,7 +105,7 @@ def inspect_adapter(
     if reading.spec is not None:
         findings += judge(reading.spec, rules.base, rules.limits)
         findings += _judge_named_base(reading.spec, rules)
-    chat, of_chat = _read_chat(path, rules, try_template)
+    chat, of_chat = _read_chat(path, rules, stated, try_template)
     findings = allow(fold(findings + of_chat), rules.allow)
     return Inspection(name, path, reading.spec, chat, tuple(findings), reading.places, seen)
 
@@ -185,16 +191,23 @@ def _template_of_base(name: str) -> str | None:
         return None
 
 
-def _read_chat(path: Path, rules: Rules, try_template: bool) -> tuple[ChatSettings, list[Finding]]:
+def _read_chat(
+    path: Path, rules: Rules, stated: ChatOverride, try_template: bool
+) -> tuple[ChatSettings, list[Finding]]:
     effective = os.access in os.supports_effective_ids
     if not path.is_dir() or not os.access(path, os.R_OK | os.X_OK, effective_ids=effective):
         return ChatSettings(), []  # which has been said
+    chat, findings = ChatSettings(), []
     try:
         chat = read_chat_settings(path, rules.follow_links)
     except BadInput as error:
         code = getattr(error, "code", "chat_settings_invalid")
-        return ChatSettings(), [Finding(code, error.item, error.rule, error.fix)]
-    return chat, judge_chat(chat, rules, try_template)
+        findings.append(Finding(code, error.item, error.rule, error.fix))
+    try:
+        chat = stated.apply(chat, rules.base)
+    except BadSetting as error:
+        return ChatSettings(), [*findings, Finding("stated_chat_invalid", error.item, error.rule, error.fix)]
+    return chat, findings + judge_chat(chat, rules, try_template)
 
 
 def _judge_named_base(spec: AdapterSpec, rules: Rules) -> list[Finding]:

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from vllm_lora_ext.admission import refused
+from vllm_lora_ext.chat_override import AS_IT_IS, ChatOverride
 from vllm_lora_ext.contract import read_provenance, stated_digests
 from vllm_lora_ext.errors import AdapterRefused, BadInput
 from vllm_lora_ext.failpoints import failpoint
@@ -42,7 +43,10 @@ _MAX_CHAT_BYTES = 64 << 20
 
 @dataclass(frozen=True)
 class Admitted:
-    """A stored version, what was said about it, and the digest of the folder that it came from."""
+    """A stored version, what was said about it, and the digest of what it was made of.
+
+    That is the folder's files and what was stated of its chat settings.
+    """
 
     version: StoredVersion
     inspection: Inspection
@@ -55,11 +59,13 @@ def admit(
     rules: Rules | None = None,
     name: str | None = None,
     looked_at: Inspection | None = None,
+    chat: ChatOverride = AS_IT_IS,
 ) -> Admitted:
     """Judge the adapter in `path` and put it into `store`.
 
     The store holds every byte on the disk when this returns; a version that is there already is kept.
-    `looked_at` is an inspection by the same rules, used if nothing was written to the folder since.
+    What is stated in `chat` stands in the place of the folder's chat settings. `looked_at` is an inspection
+    by the same rules and of the same `chat`, used if nothing was written to the folder since.
 
     Raises:
         AdapterRefused: with every finding; nothing is left in the store.
@@ -68,7 +74,7 @@ def admit(
     rules = rules or Rules()
     inspection = looked_at
     if inspection is None or inspection.path != path or inspection.signature != source_signature(path):
-        inspection = inspect_adapter(path, rules, name)
+        inspection = inspect_adapter(path, rules, name, stated=chat)
     if looked_at is inspection:  # whose template was left for now
         inspection = inspection.with_findings(judge_chat(inspection.chat, rules))
     spec = require_admitted(inspection)
@@ -89,7 +95,7 @@ def admit(
         if refused(inspection.findings):
             raise AdapterRefused(inspection.name, inspection.findings)
         staging.add(CONFIG_FILE, canonical(canonical_config(spec)))
-        source_digest = _source_digest(inspection, copied.source_sha256, rules)
+        source_digest = _source_digest(inspection, copied.source_sha256, rules, chat)
         noted = {
             "identity": provenance,
             "template": inspection.chat.state,
@@ -185,9 +191,14 @@ def _write_all(target: BinaryIO, data: memoryview) -> None:
         data = data[target.write(data) :]
 
 
-def _source_digest(inspection: Inspection, weights_sha256: str, rules: Rules) -> str:
-    """The digest of the adapter's files as they came, so that a folder is taken only when it changes."""
+def _source_digest(inspection: Inspection, weights_sha256: str, rules: Rules, chat: ChatOverride) -> str:
+    """The digest of the adapter's files as they came, so that a folder is taken only when it changes.
+
+    What is stated of its chat settings counts like one more file.
+    """
     files = {WEIGHTS_FILE: weights_sha256}
+    if chat.digest:
+        files["stated chat settings"] = chat.digest
     for name in SOURCE_FILES:
         if name != WEIGHTS_FILE:
             try:

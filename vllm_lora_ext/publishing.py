@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from vllm_lora_ext.admission import allow, judge_rank
 from vllm_lora_ext.catalog import Catalog
+from vllm_lora_ext.chat_override import AS_IT_IS, ChatOverride
 from vllm_lora_ext.errors import VllmLoraError
 from vllm_lora_ext.inbox import version_of
 from vllm_lora_ext.inspection import Inspection, Rules, inspect_adapter
@@ -14,9 +15,13 @@ from vllm_lora_ext.spec import Finding
 
 
 def publish(
-    source: AdapterSource, catalog: Catalog, rules: Rules, replace: bool = False
+    source: AdapterSource,
+    catalog: Catalog,
+    rules: Rules,
+    replace: bool = False,
+    chat: ChatOverride = AS_IT_IS,
 ) -> tuple[Entry, Inspection]:
-    """Make what `source` holds the live version of its name.
+    """Make what `source` holds, with the chat settings that are stated in `chat`, its name's live version.
 
     Raises:
         AdapterRefused: with every finding; nothing was changed.
@@ -24,7 +29,7 @@ def publish(
         StoreFailed: the disk is full.
     """
     with fetched(source, catalog.incoming) as folder:
-        admitted = admit(folder, catalog.store, rules, source.name)
+        admitted = admit(folder, catalog.store, rules, source.name, chat=chat)
     try:
         version = version_of(admitted, catalog, rules, source)
         return catalog.publish(source.name, version, replace), admitted.inspection

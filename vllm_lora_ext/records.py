@@ -127,7 +127,8 @@ class FolderRecord:
     """A folder that was looked at: the digest of its files, how to tell that they are the same, the outcome.
 
     `findings` are those of a refusal; a folder that was taken has none. `rules` says what it was
-    judged by, so that a refusal is looked at again under other rules.
+    judged by, so that a refusal is looked at again under other rules; `chat` is the digest of the chat
+    settings that were stated for it then, which count like a file of the folder.
     """
 
     source_digest: str | None
@@ -135,6 +136,7 @@ class FolderRecord:
     name: str
     findings: tuple[Finding, ...] = ()
     rules: str = ""
+    chat: str = ""
 
 
 @dataclass

@@ -11,8 +11,9 @@ from hypothesis import strategies as st
 
 from tests.conftest import ROOT
 from train.data import Row, read_rows
-from train.prompts import CLASSIC, IGNORED, PromptForm, encode_row, encode_rows, prompt_form
+from train.prompts import IGNORED, PromptForm, encode_row, encode_rows, prompt_form
 from vllm_lora_ext.errors import BadBaseModel, BadData, BadSetting
+from vllm_lora_ext.prompt_text import CLASSIC
 
 IDENTITIES = [str(path) for path in sorted((ROOT / "examples" / "identities").glob("*.json"))]
 TEXT = st.text(st.characters(exclude_categories=("Cs",)), max_size=40)

@@ -10,9 +10,9 @@ from typing import Any
 
 import pytest
 
-from train.prompts import _text_template
 from vllm_lora_ext import template_probe
 from vllm_lora_ext.chat_template import check_template, judge_template, probe_template
+from vllm_lora_ext.prompt_text import text_template
 from vllm_lora_ext.template_probe import ProbeUnfinished, sample_chats, template_environment
 
 CHATML = (
@@ -91,7 +91,7 @@ DECLARED = """{%- macro declare(properties, required) -%}
 
 PASSING = {
     "chatml, as in examples/tiny_base": CHATML,
-    "train/prompts.py": _text_template("Human: ", "\n\nAssistant: ", "", "</s>"),
+    "vllm_lora_ext/prompt_text.py": text_template("classic", "</s>")[0],
     "llama 2, mistral": ALTERNATING,
     "llama 3: a default, a date and arguments": """{% if not date_string is defined %}
 {% set date_string = strftime_now("%d %b %Y") if strftime_now is defined else "26 Jul 2024" %}{% endif %}
