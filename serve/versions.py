@@ -1,74 +1,105 @@
-"""`vllm-lora ls`, `show`, `publish`, `rollback`, `rm`: names and versions of a state folder, no server."""
+"""`vllm-lora ls`, `ps`, `show`, `publish`, `rollback`, `traffic`, `rm`: adapters and their versions.
+
+They ask a running server, and only with `--state-dir` work on a state folder.
+"""
 
 from __future__ import annotations
 
 import argparse
-import dataclasses
+import contextlib
 import json
-from collections.abc import Sequence
+import os
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
-from rich.table import Table
-
-from serve.flags import add_rules_flags, at_least, read_rules
-from serve.fleet import agreed_base_model, entry_row, fleet_table, inspection_row
+from serve.adapter_tables import adapters_table, detail_lines, live_table, versions_table
+from serve.adapter_view import read_findings
+from serve.admin_client import ServerAdapters
+from serve.client import server_url
+from serve.flags import add_rules_flags, at_least
+from serve.on_disk import DiskAdapters
+from serve.publish_flags import add_chat_flags, one_source, read_chat
 from serve.screen import screen
-from serve.validate import inspection_data
-from vllm_lora_ext.base_model import BaseModel, read_base_model
-from vllm_lora_ext.catalog import KEEP_VERSIONS, Catalog
-from vllm_lora_ext.errors import BadBaseModel, BadSetting
-from vllm_lora_ext.inspection import Rules, inspect_adapter, inspect_values
+from serve.show_folder import show_folder
+from vllm_lora_ext.catalog import KEEP_VERSIONS
+from vllm_lora_ext.chat_override import ChatOverride
+from vllm_lora_ext.errors import BadSetting
 from vllm_lora_ext.peft_format import is_adapter_folder
-from vllm_lora_ext.publishing import judge_published, publish
-from vllm_lora_ext.records import Entry
-from vllm_lora_ext.sources import AdapterSource, find_sources
+from vllm_lora_ext.sources import AdapterSource
 
 
-def _parser(verb: str, description: str, state_dir_required: bool = True) -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog=f"vllm-lora {verb}", description=description, allow_abbrev=False)
-    parser.add_argument(
-        "--state-dir",
-        type=Path,
-        required=state_dir_required,
-        metavar="DIR",
-        help="the server's state folder; it prints which when it starts",
-    )
-    parser.add_argument("--json", action="store_true", help="print data")
-    return parser
+class Adapters(Protocol):
+    """Adapters to list and to change, wherever they are. Each is data, see `serve/adapter_view.py`."""
+
+    def list(self) -> Sequence[dict[str, Any]]:
+        """All of them."""
+
+    def get(self, name: str) -> dict[str, Any]:
+        """One, with its versions, what happened, and how it wants to be asked."""
+
+    def publish(self, source: AdapterSource, replace: bool, chat: ChatOverride) -> dict[str, Any]:
+        """Judge an adapter and make it the live version of its name."""
+
+    def rollback(self, name: str, to: str | None) -> dict[str, Any]:
+        """Make an earlier version live: the one before, or the one whose digest begins with `to`."""
+
+    def traffic(self, name: str, percent: Mapping[str, int]) -> dict[str, Any]:
+        """Split the requests over versions, by beginnings of their digests; empty: all to the live one."""
+
+    def remove(self, names: Collection[str]) -> Sequence[dict[str, Any]]:
+        """Take names out of service."""
 
 
 def list_names(argv: Sequence[str]) -> int:
-    """`vllm-lora ls`: every name with its live version."""
-    args = _parser("ls", "Names and live versions.").parse_args(argv)
-    with _reading(args.state_dir) as catalog:
-        entries = catalog.entries()
-        findings = [judge_published(entry.name, entry.live_version, catalog, Rules()) for entry in entries]
-        if args.json:
-            _print_json([_entry_data(entry, catalog) for entry in entries])
-        else:
-            rows = [entry_row(entry, found) for entry, found in zip(entries, findings, strict=True)]
-            screen(stderr=False).print(fleet_table(rows))
+    """`vllm-lora ls`: every adapter with its live version."""
+    return _list("ls", argv, live=False)
+
+
+def list_live(argv: Sequence[str]) -> int:
+    """`vllm-lora ps`, which is `ls --live`: where every adapter is, and how it is used."""
+    return _list("ps", argv, live=True)
+
+
+def _list(verb: str, argv: Sequence[str], live: bool) -> int:
+    parser = _parser(verb, "Adapters with their live versions.")
+    parser.add_argument(
+        "--live", action="store_true", default=live, help="where each is on the server, and how it is used"
+    )
+    args = parser.parse_args(argv)
+    if args.live and args.state_dir is not None:
+        raise BadSetting("--live", "is what a running server knows, not a state folder", "Give --url.")
+    with _adapters(args) as adapters:
+        found = adapters.list()
+    if args.json:
+        _print_json(found)
+    else:
+        screen(stderr=False).print((live_table if args.live else adapters_table)(found))
     return 0
 
 
 def show(argv: Sequence[str]) -> int:
     """`vllm-lora show DIR|NAME`: an adapter folder, or a name with its versions and what happened to it."""
-    parser = _parser("show", "One adapter: a folder, or a published name.", state_dir_required=False)
+    parser = _parser("show", "One adapter: a folder, or a published name.")
     parser.add_argument("adapter", metavar="DIR|NAME")
-    parser.add_argument("--verify", action="store_true", help="compare every byte of the live version")
+    parser.add_argument(
+        "--verify", action="store_true", help="with --state-dir: compare every byte of the live version"
+    )
     add_rules_flags(parser)
     args = parser.parse_args(argv)
-    if args.state_dir is None:
-        return _show_folder(args)
-    with _reading(args.state_dir) as catalog:
-        entry = catalog.entry(args.adapter)
-        if args.verify:
-            catalog.store.verify(entry.live)
-        if args.json:
-            _print_json(_entry_data(entry, catalog))
-        else:
-            _print_entry(entry, catalog)
+    if args.verify:
+        _disk(args, "--verify").verify(args.adapter)
+    if args.state_dir is None and _means_folder(args.adapter):
+        return show_folder(args)
+    with _adapters(args) as adapters:
+        adapter = adapters.get(args.adapter)
+    if args.json:
+        _print_json(adapter)
+    else:
+        out = screen(stderr=False)
+        out.print(versions_table(adapter))
+        for line in detail_lines(adapter):
+            out.print(line, soft_wrap=True)
     return 0
 
 
@@ -80,22 +111,17 @@ def publish_folder(argv: Sequence[str]) -> int:
     )
     parser.add_argument("--name", help="default: the folder's")
     parser.add_argument("--replace", action="store_true", help="replace what the name stands for now")
-    parser.add_argument("--keep-versions", type=at_least(1), default=KEEP_VERSIONS, metavar="N")
-    add_rules_flags(parser)
+    add_chat_flags(parser)
+    on_disk = parser.add_argument_group("with --state-dir", "a server has its own")
+    on_disk.add_argument("--keep-versions", type=at_least(1), metavar="N", help=f"default: {KEEP_VERSIONS}")
+    add_rules_flags(on_disk)
     args = parser.parse_args(argv)
-    source = _one_source(args.adapter, args.name)
-    with Catalog(args.state_dir, keep_versions=args.keep_versions) as catalog:
-        base = _base_of(source, args.base_model, catalog)
-        entry, inspection = publish(source, catalog, read_rules(args, base), args.replace)
-        if base is not None and not catalog.base():
-            catalog.note_base(base.name, base.fingerprint)
-        for finding in inspection.findings:
-            screen().print(str(finding))
-        if args.json:
-            _print_json(_entry_data(entry, catalog))
-        else:
-            print(f"{entry.name}@{entry.live_version.short}")
-    return 0
+    source, chat = one_source(args.adapter, args.name), read_chat(args)
+    with _publishing(args) as adapters:
+        adapter = adapters.publish(source, args.replace, chat)
+    for finding in read_findings(adapter["findings"]):
+        screen().print(str(finding))
+    return _print_changed(args, adapter)
 
 
 def rollback(argv: Sequence[str]) -> int:
@@ -104,12 +130,26 @@ def rollback(argv: Sequence[str]) -> int:
     parser.add_argument("name")
     parser.add_argument("--to", metavar="DIGEST", help="the beginning of its digest; default: the one before")
     args = parser.parse_args(argv)
-    with Catalog(args.state_dir) as catalog:
-        version = catalog.rollback(args.name, args.to)
-        if args.json:
-            _print_json(_entry_data(catalog.entry(args.name), catalog))
-        else:
-            print(f"{args.name}@{version.short}")
+    with _adapters(args) as adapters:
+        return _print_changed(args, adapters.rollback(args.name, args.to))
+
+
+def traffic(argv: Sequence[str]) -> int:
+    """`vllm-lora traffic NAME DIGEST=90 DIGEST=10`: split the requests for a name over its versions."""
+    parser = _parser("traffic", "Split the requests for a name over its versions; all to the live one again.")
+    parser.add_argument("name")
+    parser.add_argument(
+        "shares", nargs="*", metavar="DIGEST=PERCENT", help="100 together; none: all to the live version"
+    )
+    args = parser.parse_args(argv)
+    percent = _percents(args.shares)
+    with _adapters(args) as adapters:
+        adapter = adapters.traffic(args.name, percent)
+    if args.json:
+        _print_json(adapter)
+    else:
+        for version, share in (adapter["traffic"] or {adapter["version"]: 100}).items():
+            print(f"{adapter['id']}@{version} {share}")
     return 0
 
 
@@ -118,96 +158,84 @@ def remove(argv: Sequence[str]) -> int:
     parser = _parser("rm", "Take names out of service, and remove their versions from the store.")
     parser.add_argument("names", nargs="+", metavar="NAME")
     args = parser.parse_args(argv)
-    with Catalog(args.state_dir) as catalog:
-        catalog.remove(args.names)
-        collected = catalog.collect()
+    with _adapters(args) as adapters:
+        removed = adapters.remove(list(dict.fromkeys(args.names)))
     if args.json:
-        _print_json({"removed": args.names, "collected": collected})
+        _print_json(removed)
     else:
-        print("\n".join(args.names))
+        print("\n".join(item["id"] for item in removed))
     return 0
 
 
-def _reading(state_dir: Path) -> Catalog:
-    if not state_dir.is_dir():
-        raise BadSetting(str(state_dir), "no such state folder", "The server prints which when it starts.")
-    return Catalog(state_dir, readonly=True)
+def _parser(verb: str, description: str) -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog=f"vllm-lora {verb}", description=description, allow_abbrev=False)
+    where = parser.add_mutually_exclusive_group()
+    where.add_argument(
+        "--url", default=server_url(), help="the server (default: %(default)s, from VLLM_LORA_URL if set)"
+    )
+    where.add_argument(
+        "--state-dir",
+        type=Path,
+        metavar="DIR",
+        help="work on this state folder, without a server; a server prints which is its when it starts",
+    )
+    parser.add_argument("--admin-key", metavar="KEY", help="the server's (default: VLLM_LORA_ADMIN_KEY)")
+    parser.add_argument("--json", action="store_true", help="print data")
+    return parser
 
 
-def _one_source(adapter: str, name: str | None) -> AdapterSource:
-    if "://" not in adapter and Path(adapter).is_dir() and not is_adapter_folder(Path(adapter)):
-        raise BadSetting(adapter, "is a folder of adapters, or none at all", "Publish one adapter at a time.")
-    (source,) = find_sources([adapter])
-    return source if name is None else dataclasses.replace(source, name=name)
+@contextlib.contextmanager
+def _adapters(args: argparse.Namespace) -> Iterator[Adapters]:
+    if args.state_dir is not None:
+        yield DiskAdapters(args.state_dir)
+        return
+    key = args.admin_key or os.environ.get("VLLM_LORA_ADMIN_KEY")
+    with contextlib.closing(ServerAdapters(args.url, key)) as adapters:
+        yield adapters
 
 
-def _base_of(source: AdapterSource, stated: str | None, catalog: Catalog) -> BaseModel | None:
-    """The base to judge by: the stated one, the one that the state folder is for, the adapter's own."""
-    known = catalog.base()
-    if stated or known:
-        base = read_base_model(stated or known["name"])
-        if known and base.fingerprint != known["fingerprint"]:
-            fix = "Choose another --state-dir: one is for one base model."
-            raise BadSetting(base.public_name, f"is not the base of this state folder, {known['name']}", fix)
-        return base
-    try:
-        return read_base_model(agreed_base_model([source]))
-    except (BadBaseModel, BadSetting):
-        return None
+@contextlib.contextmanager
+def _publishing(args: argparse.Namespace) -> Iterator[Adapters]:
+    stated = {"--base-model": args.base_model, "--allow": args.allow, "--keep-versions": args.keep_versions}
+    for flag, value in stated.items():
+        if value:
+            _disk(args, flag)
+    if args.state_dir is None:
+        with _adapters(args) as adapters:
+            yield adapters
+        return
+    keep = args.keep_versions or KEEP_VERSIONS
+    yield DiskAdapters(args.state_dir, args.base_model, frozenset(args.allow), keep)
 
 
-def _show_folder(args: argparse.Namespace) -> int:
-    folder = Path(args.adapter)
-    if not folder.is_dir():
-        fix = "Give an adapter's folder, or --state-dir for a published name."
-        raise BadSetting(args.adapter, "no such folder", fix)
-    source = AdapterSource(folder.name, args.adapter)
-    try:
-        base = read_base_model(args.base_model or agreed_base_model([source]), offline=not args.base_model)
-    except (BadBaseModel, BadSetting):
-        if args.base_model:
-            raise
-        base = None
-    rules = read_rules(args, base)
-    inspection = inspect_values(inspect_adapter(folder, rules), rules)
+def _disk(args: argparse.Namespace, flag: str) -> DiskAdapters:
+    if args.state_dir is None:
+        raise BadSetting(flag, "is for work on a state folder; a server has its own", "Give --state-dir.")
+    return DiskAdapters(args.state_dir)
+
+
+def _means_folder(text: str) -> bool:
+    """Names and folders may look alike; what no name begins with means a folder even if there is none."""
+    path = Path(text)
+    return text.startswith((".", "/", "~")) or (path.is_dir() and ("/" in text or is_adapter_folder(path)))
+
+
+def _percents(shares: Sequence[str]) -> dict[str, int]:
+    percent: dict[str, int] = {}
+    for share in shares:
+        digest, separator, number = share.partition("=")
+        if not (digest and separator and number.isdecimal() and len(number) <= 3) or digest in percent:
+            raise BadSetting(repr(share)[:80], "is no DIGEST=PERCENT, each once", "For example 3f2a9c14=90.")
+        percent[digest] = int(number)
+    return percent
+
+
+def _print_changed(args: argparse.Namespace, adapter: Mapping[str, Any]) -> int:
     if args.json:
-        chat = {**dataclasses.asdict(inspection.chat), "state": inspection.chat.state}
-        tensors = (
-            [dataclasses.asdict(tensor) for tensor in inspection.spec.tensors] if inspection.spec else []
-        )
-        _print_json({**inspection_data(inspection), "chat": chat, "tensors": tensors})
+        _print_json(adapter)
     else:
-        screen(stderr=False).print(fleet_table([inspection_row(inspection)]))
-        if inspection.chat.template is not None:
-            screen(stderr=False).print(inspection.chat.template)
-    return 0 if inspection.admitted else 2
-
-
-def _entry_data(entry: Entry, catalog: Catalog) -> dict[str, Any]:
-    """An entry for machines, with where its live version lies and where it came from."""
-    findings = judge_published(entry.name, entry.live_version, catalog, Rules())
-    return {
-        **dataclasses.asdict(entry),
-        "version": entry.live_version.short,
-        "state": entry_row(entry, findings).state,
-        "provenance": catalog.store.provenance(entry.live),
-        "proofs": catalog.proofs(entry.live),
-    }
-
-
-def _print_entry(entry: Entry, catalog: Catalog) -> None:
-    out = screen(stderr=False)
-    table = Table("version", "live", "rank", "size", "template", "state", "published", title=entry.name)
-    for version in reversed(entry.versions):
-        live = "live" if version.digest == entry.live else ""
-        findings = judge_published(entry.name, version, catalog, Rules())
-        state = findings[0].code if findings else version.state
-        size = f"{version.size_bytes / 1e6:.1f} MB"
-        row = (version.short, live, str(version.rank), size, version.template, state, version.published_at)
-        table.add_row(*row)
-    out.print(table)
-    for event in entry.history:
-        out.print(f"{event.at}  {event.what:8}  {event.digest[:12]}")
+        print(f"{adapter['id']}@{adapter['version']}")
+    return 0
 
 
 def _print_json(body: Any) -> None:
