@@ -29,7 +29,7 @@ from vllm_lora_ext.tensor_file import MAX_TENSORS, HeaderRefused, TensorPlace, r
 CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"
 PREFIX = "base_model.model."
-_PICKLES = ("adapter_model.bin", "adapter_model.pt")
+PICKLES = ("adapter_model.bin", "adapter_model.pt")
 MAX_CONFIG_BYTES = 1 << 20
 MAX_WEIGHTS_BYTES = 16 << 30
 _MAX_PARTS = 4  # of a name, which is how deep a folder of adapters is looked through
@@ -52,7 +52,7 @@ class AdapterReading:
 
 def is_adapter_folder(path: Path) -> bool:
     """Whether a folder means to be an adapter: it has a config or weights of one, or nobody may look."""
-    return any(_may_exist(path / name) for name in (CONFIG_FILE, WEIGHTS_FILE, *_PICKLES))
+    return any(_may_exist(path / name) for name in (CONFIG_FILE, WEIGHTS_FILE, *PICKLES))
 
 
 def _may_exist(path: Path, follow_links: bool = True) -> bool:
@@ -113,8 +113,13 @@ def _inner_adapters(folder: Path, depth: int) -> dict[str, Path]:
 
 
 def _visible_folders(directory: Path) -> list[Path]:
+    """Neither hidden ones nor the checkpoints that a training run leaves on its way."""
     entries = sorted(directory.iterdir())
-    return [entry for entry in entries if not entry.name.startswith(".") and _may_be_folder(entry)]
+    return [
+        entry
+        for entry in entries
+        if not entry.name.startswith((".", "checkpoint-")) and _may_be_folder(entry)
+    ]
 
 
 def _may_be_folder(path: Path) -> bool:
@@ -264,7 +269,7 @@ def _read_weights(
 
 
 def _missing_weights(path: Path) -> Finding:
-    pickles = [name for name in _PICKLES if os.path.lexists(path / name)]
+    pickles = [name for name in PICKLES if os.path.lexists(path / name)]
     if pickles:
         rule = "is a pickle, which can run code when it is loaded"
         fix = (
