@@ -7,6 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import huggingface_hub
 import pytest
 from hypothesis import assume, given
 from hypothesis import strategies as st
@@ -126,6 +127,7 @@ TEMPLATE_PROCESSOR = {
         ),
         ({"eos_token": "</s>", "bos_token": "<t>"}, TEMPLATE_PROCESSOR, ""),
         ({"eos_token": "</s>", "bos_token": "<s>"}, {"type": "ByteLevel"}, ""),
+        ({"eos_token": "</s>", "bos_token": "<s>"}, {"type": "TemplateProcessing", "single": []}, ""),
         ({"eos_token": "</s>", "bos_token": None, "add_bos_token": True}, None, ""),
     ],
 )
@@ -162,6 +164,24 @@ def test_a_text_form_may_hold_jinja(sign: str) -> None:
         template_environment().from_string(template).render(messages=[{"role": "user", "content": "Q"}])
     )
     assert rendered == f"{sign}Q".strip() + sign
+
+
+def test_a_base_of_the_hub_is_asked_for_its_tokens(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    base_with(tmp_path, {"eos_token": "</s>", "bos_token": "<s>"}, TEMPLATE_PROCESSOR)
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", lambda name, file: str(tmp_path / name / file))
+    (tmp_path / "org").symlink_to(tmp_path)
+    (tmp_path / "base").symlink_to(tmp_path)
+    chat = CLASSIC.apply(ChatSettings(), BaseModel("org/base", BASE_CONFIG))
+    assert chat.template == text_template("classic", "</s>", "<s>")[0]
+
+
+def test_a_base_of_the_hub_that_cannot_be_had_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    def missing(name: str, file: str) -> str:
+        raise huggingface_hub.errors.LocalEntryNotFoundError(f"no {file} in the cache")
+
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", missing)
+    with pytest.raises(BadSetting, match=r"org/gone: tokenizer_config\.json cannot be read"):
+        CLASSIC.apply(ChatSettings(), BaseModel("org/gone", BASE_CONFIG))
 
 
 def test_a_text_form_needs_a_base() -> None:
