@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from serve.flags import add_allow_flag, at_least
+from serve.keys import Keys
 from vllm_lora_ext.catalog import KEEP_VERSIONS
+from vllm_lora_ext.chat_override import ChatOverride
+from vllm_lora_ext.errors import BadSetting
 from vllm_lora_ext.sources import AdapterSource, stated_module
 
 # vLLM's settings that we infer when they are not stated.
@@ -26,14 +30,32 @@ INFERRED = (
     "enforce_eager",
 )
 
+TURN_SECONDS = 2.0
+MAX_QUEUE, MAX_QUEUE_PER_ADAPTER = 1024, 256
+METRICS_MAX_ADAPTERS = 1000
+LOOPBACK = ("127.0.0.1", "localhost", "::1")
+
 
 @dataclass(frozen=True)
 class OwnFlags:
-    """Our own flags, and the command line without them."""
+    """Our own flags, and the command line without them and without keys."""
 
     adapters: tuple[str, ...]
     passed_on: tuple[str, ...]
     unsafe_skip_compat: bool = False
+    api_keys: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class FrontSettings:
+    """How the front side of the server behaves; counts are requests that wait."""
+
+    keys: Keys
+    allow_route: tuple[str, ...]
+    turn_seconds: float
+    max_queue: int
+    max_queue_per_adapter: int
+    metrics_max_adapters: int
 
 
 @dataclass(frozen=True)
@@ -47,6 +69,8 @@ class ServeConfig:
     state_dir: Path | None
     keep_versions: int
     allow: frozenset[str]
+    watch: bool
+    chat: Mapping[str, ChatOverride]  # by the adapter's name
     stated: Mapping[str, Any]
 
     @property
@@ -89,6 +113,17 @@ def add_own_flags(parser: argparse.ArgumentParser) -> None:
         help="per adapter; default: 10",
     )
     add_allow_flag(group)
+    group.add_argument(
+        "--no-watch", action="store_true", help="take the folder's adapters at the start only, and no change"
+    )
+    group.add_argument(
+        "--prompt-template",
+        action="append",
+        default=[],
+        metavar="NAME=TEXT",
+        help="the text form that an adapter was trained in, such as "
+        r"'xiaoli=Human: {instruction}\n{input}\n\nAssistant: '; may be given several times",
+    )
     group.add_argument("--strict", action="store_true", help="do not start when an adapter is refused")
     group.add_argument(
         "--no-isolation-check",
@@ -101,13 +136,103 @@ def add_own_flags(parser: argparse.ArgumentParser) -> None:
         help="serve with a vLLM that lacks what keeps adapters apart and the engine alive",
     )
 
+    _add_front_flags(group)
+
+
+def _add_front_flags(group: argparse._ActionsContainer) -> None:
+    group.add_argument(
+        "--admin-key",
+        action="append",
+        default=[],
+        metavar="KEY",
+        help="the key for publishing, removing and listing adapters (env VLLM_LORA_ADMIN_KEY); "
+        "needed for changes on any host that is not this machine",
+    )
+    group.add_argument(
+        "--allow-route",
+        action="append",
+        default=[],
+        metavar="PATH",
+        help="open a route of vLLM's that is closed; all that begin so with '*' at its end",
+    )
+    group.add_argument(
+        "--turn-seconds",
+        type=_seconds,
+        default=TURN_SECONDS,
+        metavar="S",
+        help="the longest that an adapter keeps its slot while others wait for one; default: 2",
+    )
+    group.add_argument(
+        "--max-queue", type=at_least(1), default=MAX_QUEUE, metavar="N", help="requests that may wait"
+    )
+    group.add_argument(
+        "--max-queue-per-adapter", type=at_least(1), default=MAX_QUEUE_PER_ADAPTER, metavar="N"
+    )
+    group.add_argument(
+        "--metrics-max-adapters",
+        type=at_least(0),
+        default=METRICS_MAX_ADAPTERS,
+        metavar="N",
+        help="adapters with metrics of their own; the others share the label `other`",
+    )
+
+
+def _seconds(text: str) -> float:
+    try:
+        seconds = float(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"must be a number of seconds, is {text!r}") from None
+    if not 0 < seconds < 3600:
+        raise argparse.ArgumentTypeError(f"must be above 0 and below 3600, is {text}")
+    return seconds
+
+
+def front_settings(args: argparse.Namespace) -> FrontSettings:
+    """The settings of the front side, also where only vLLM's own flags were parsed.
+
+    Keys are taken out of `args` and the environment: vLLM would check them by itself, and log them.
+    """
+    api_keys = [key for key in (args.api_key or [os.environ.get("VLLM_API_KEY", "")]) if key]
+    stated = getattr(args, "admin_key", None) or [os.environ.get("VLLM_LORA_ADMIN_KEY", "")]
+    admin_keys = [key for key in stated if key]
+    args.api_key = args.admin_key = None
+    for name in ("VLLM_API_KEY", "VLLM_LORA_ADMIN_KEY"):
+        os.environ.pop(name, None)
+    is_here = bool(getattr(args, "uds", None)) or args.host in LOOPBACK
+    return FrontSettings(
+        keys=Keys(api_keys, admin_keys, loopback=is_here),
+        allow_route=tuple(getattr(args, "allow_route", ())),
+        turn_seconds=getattr(args, "turn_seconds", TURN_SECONDS),
+        max_queue=getattr(args, "max_queue", MAX_QUEUE),
+        max_queue_per_adapter=getattr(args, "max_queue_per_adapter", MAX_QUEUE_PER_ADAPTER),
+        metrics_max_adapters=getattr(args, "metrics_max_adapters", METRICS_MAX_ADAPTERS),
+    )
+
+
+def read_prompt_templates(values: Sequence[str]) -> dict[str, ChatOverride]:
+    """The values of --prompt-template, by the adapter's name.
+
+    Raises:
+        BadSetting: one names no adapter.
+    """
+    chat = {}
+    for value in values:
+        name, separator, text = value.partition("=")
+        if not name or not separator or "{" in name:
+            fix = r"For example 'xiaoli=Human: {instruction}\n{input}\n\nAssistant: '."
+            raise BadSetting(f"--prompt-template {value!r}", "must be NAME=TEXT, with an adapter's name", fix)
+        chat[name] = ChatOverride(prompt_text=text)
+    return chat
+
 
 def read_own_flags(argv: Sequence[str]) -> OwnFlags:
     """Our flags alone, without vLLM, so that an absent folder is told at once."""
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     add_own_flags(parser)
+    # vLLM's flag, which there counts once only when it is repeated.
+    parser.add_argument("--api-key", action="extend", nargs="+", default=[])
     own, rest = parser.parse_known_args(list(argv))
-    return OwnFlags(tuple(own.adapters), tuple(rest), own.unsafe_skip_compat)
+    return OwnFlags(tuple(own.adapters), tuple(rest), own.unsafe_skip_compat, tuple(own.api_key))
 
 
 def read_config(args: argparse.Namespace, unstated: object) -> ServeConfig:
@@ -121,6 +246,8 @@ def read_config(args: argparse.Namespace, unstated: object) -> ServeConfig:
         state_dir=args.state_dir,
         keep_versions=args.keep_versions,
         allow=frozenset(args.allow),
+        watch=not args.no_watch,
+        chat=read_prompt_templates(args.prompt_template),
         stated={name: getattr(args, name) for name in INFERRED if getattr(args, name) is not unstated},
     )
 

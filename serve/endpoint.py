@@ -1,15 +1,15 @@
 """The part of vllm-lora that lives inside vLLM's own OpenAI server (group `vllm.endpoint_plugins`).
 
-It loads the adapters from the store, one by one, so that one that fails stops nobody
-else, renders each adapter's chats with the adapter's own template, and answers `GET /ready`.
+Here the parts of the front side are put together: the catalog and what follows from it, the manager and
+the engine, the middleware and the routes.
 """
 
 from __future__ import annotations
 
 import asyncio
 import atexit
-import contextlib
 import logging
+import os
 import shutil
 import tempfile
 import time
@@ -18,9 +18,26 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from serve.config import source_of
+from serve.admin import Admin, Folders, NoFolders
+from serve.admin_routes import attach_routes
+from serve.config import FrontSettings, front_settings, source_of
+from serve.elsewhere import Elsewhere
 from serve.fleet import default_state_dir
-from serve.following import CatalogFollower, StoreGate
+from serve.front import Desk, Front
+from serve.gate import Limits
+from serve.live import LiveAdapters
+from serve.manager import Manager
+from serve.metrics import Metrics
+from serve.routes import Routes
+from serve.turns import TurnTaker
+from serve.vllm_engine import (
+    VllmEngine,
+    generation_error,
+    prove_engine,
+    remember_death,
+    render_with_own_template,
+    show_one_series,
+)
 from vllm_lora_ext.base_model import read_base_model
 from vllm_lora_ext.catalog import Catalog
 from vllm_lora_ext.errors import BadBaseModel, ServerFailed
@@ -34,58 +51,151 @@ if TYPE_CHECKING:
     from vllm.engine.protocol import EngineClient
     from vllm.entrypoints.openai.models.protocol import LoRAModulePath
     from vllm.entrypoints.openai.models.serving import OpenAIServingModels
-    from vllm.renderers.online_renderer import OnlineRenderer
 
 # A child of vLLM's logger, so that its handler and format apply.
 logger = logging.getLogger("vllm.vllm_lora")
+
+_LOOK_EVERY_S = 0.5
 
 
 class AdapterEndpoint:
     """Implements vLLM's `EndpointPlugin` protocol (vllm/plugins/endpoint_plugins/interface.py)."""
 
     name = "vllm_lora"
-    required_tasks = ("generate",)
+    required_tasks = (
+        "generate",
+        "embed",
+        "classify",
+        "token_embed",
+        "token_classify",
+        "embed&token_classify",
+    )
 
     def __init__(self) -> None:
         self.modules: Sequence[LoRAModulePath] = ()
-        self.following: asyncio.Task[None] | None = None
+        self.looking: asyncio.Task[None] | None = None
+        self.settings: FrontSettings
+        self.desk: Desk
 
     def attach_router(self, app: FastAPI) -> None:
-        """Add `/ready`, and take the adapters over from vLLM, which would stop at the first that fails."""
-        from fastapi.responses import JSONResponse
+        """Put our middleware and routes in front of vLLM's, and take keys and adapters over from it.
 
+        Its own check of keys would run before ours and guards some paths only; its loading would stop at
+        the first adapter that fails.
+        """
         args: Namespace = app.state.args
         self.modules, args.lora_modules = args.lora_modules or (), None
-
-        @app.get("/ready")
-        async def ready() -> JSONResponse:
-            status, body = await readiness(app.state)
-            return JSONResponse(body, status_code=status)
+        self.settings = getattr(args, "vllm_lora_front", None) or front_settings(args)
+        base_names = args.served_model_name or [args.model]
+        names = [base_names] if isinstance(base_names, str) else list(base_names)
+        metrics = Metrics(self.settings.metrics_max_adapters, base_names=names)
+        self.desk = Desk(Routes(self.settings.allow_route), self.settings.keys, metrics, int(time.time()))
+        app.add_middleware(Front, desk=self.desk)
+        attach_routes(app, self.desk, lambda: readiness(app.state, self.desk))
 
     async def init_state(self, engine_client: EngineClient | None, state: State, args: Namespace) -> None:
-        """Load the adapters and bind their templates; called once the engine is up.
+        """Check the engine, put the parts together, and load the first adapters; called once it is up.
 
         Raises:
-            ServerFailed: with --strict, when an adapter cannot be loaded.
+            ServerFailed: with --strict, when an adapter cannot be loaded; with several API servers.
         """
-        if engine_client is not None:
-            remember_death(engine_client, args)
-        if engine_client is None or state.vllm_config.lora_config is None:
+        if engine_client is None:
             return
-        await prove_engine(engine_client, state.vllm_config, args)
+        if (args.api_server_count or 1) > 1:
+            fix = "Start it with --api-server-count 1."
+            raise ServerFailed("--api-server-count", "one server has to own what is loaded", fix)
+        remember_death(engine_client, args)
         models: OpenAIServingModels = state.openai_serving_models
-        rules = rules_of(models, state.vllm_config.lora_config.max_lora_rank, args)
-        catalog = await asyncio.to_thread(open_catalog, self.modules, rules, args)
-        gate = StoreGate(models, catalog.store, rules, args)
-        render_with_own_template(state.online_renderer, gate.templates)
-        follower = CatalogFollower(catalog, gate, models)
-        await follower.load_new()
-        if follower.failed and getattr(args, "strict", False):
-            raise ServerFailed(", ".join(follower.failed), "could not be loaded", "Start without --strict.")
-        self.following = asyncio.create_task(follower.follow())
-        served = ", ".join(models.lora_requests) or "none"
-        count = len(models.lora_requests)
-        logger.info("Ready with base model %s and %d adapters: %s", models.model_name(), count, served)
+        lora = state.vllm_config.lora_config
+        catalog, folders = None, getattr(args, "vllm_lora_folders", NoFolders())
+        rules = rules_of(models, lora.max_lora_rank if lora else 0, args)
+        if lora is not None:
+            await prove_engine(engine_client, state.vllm_config, args)
+            catalog = getattr(args, "vllm_lora_catalog", None)
+            catalog = catalog or await asyncio.to_thread(open_catalog, self.modules, rules, args)
+        engine = VllmEngine(engine_client, models)
+        self._wire(engine, catalog, folders, rules, state, args)
+        await self._load_first(args, lora.max_loras if lora else 0)
+        render_with_own_template(state.online_renderer, engine.templates)
+        turns = TurnTaker(self._manager, self.desk.metrics, models.model_name(), generation_error)
+        engine_client.generate = turns.wrap(engine_client.generate)
+        engine_client.encode = turns.wrap(engine_client.encode)
+        if lora is not None:
+            show_one_series(engine_client, lora.max_loras)
+        self.looking = asyncio.create_task(self._look())
+        names = self._live.names()
+        served = ", ".join(names[:20]) + (" ..." if len(names) > 20 else "") if names else "none"
+        logger.info("Ready with base model %s and %d adapters: %s", models.model_name(), len(names), served)
+
+    def _wire(
+        self,
+        engine: VllmEngine,
+        catalog: Catalog | None,
+        folders: Folders,
+        rules: Rules,
+        state: State,
+        args: Namespace,
+    ) -> None:
+        settings, config = self.settings, state.vllm_config
+        live = self._live = LiveAdapters(
+            catalog, rules, args.chat_template, folders.pending, lambda model: self._manager.retire(model)
+        )
+        manager = self._manager = Manager(
+            engine,
+            catalog.store if catalog else None,
+            limits_of(config, settings),
+            self.desk.metrics,
+            live.note_failure,
+        )
+        if catalog is not None:
+            self.desk.admin = Admin(live, manager, folders, roots_of(self.modules, args))
+            if engine.resolvers:
+                base = config.model_config.model
+                self.desk.find = Elsewhere(engine.resolvers, base, self.desk.admin, rules.base_names).find
+        self.desk.max_model_len = config.model_config.max_model_len
+        responses = getattr(state, "openai_serving_responses", None)
+        if responses is not None:
+            self.desk.background = lambda: list(responses.background_tasks.values())
+        self.desk.manager, self.desk.live = manager, live
+
+    async def _load_first(self, args: Namespace, slots: int) -> None:
+        """What fits the slots is loaded before anybody asks; with --strict everything has to load once."""
+        live, strict = self._live, getattr(args, "strict", False)
+        names = live.names() if slots else []
+        versions = [live.resolve(name) for name in (names if strict else names[:slots])]
+        failed = await self._manager.warm_up([version for version in versions if version is not None])
+        if failed and strict:
+            raise ServerFailed(", ".join(failed), "could not be loaded", "Start without --strict.")
+
+    async def _look(self) -> None:
+        """Now and then: what left the catalog leaves the memory, and the gauges are set."""
+        while True:
+            await asyncio.sleep(_LOOK_EVERY_S)
+            try:
+                self._live.refresh()
+                gate, (slots, cached) = self._manager.gate, self._manager.memory()
+                stored = len(self._live.catalog.names()) if self._live.catalog is not None else 0
+                self.desk.metrics.adapters(slots, cached - slots, max(0, stored - cached))
+                self.desk.metrics.requests(gate.running, gate.waiting)
+            except Exception:  # a flaw must not leave the server blind
+                logger.exception("The catalog cannot be followed")
+
+
+def limits_of(config: Any, settings: FrontSettings) -> Limits:
+    """What the engine takes; a few requests more than it runs, so that it never waits for the next one."""
+    running = config.scheduler_config.max_num_seqs
+    slots, cached = 0, 0
+    if config.lora_config is not None:
+        slots = config.lora_config.max_loras
+        cached = max(slots, config.lora_config.max_cpu_loras or 0)
+    return Limits(
+        slots=slots,
+        cached=cached,
+        running=running + max(2, running // 8),
+        queue_per_adapter=settings.max_queue_per_adapter,
+        queue_total=settings.max_queue,
+        turn_s=settings.turn_seconds,
+    )
 
 
 def rules_of(models: OpenAIServingModels, max_lora_rank: int, args: Namespace) -> Rules:
@@ -99,14 +209,20 @@ def rules_of(models: OpenAIServingModels, max_lora_rank: int, args: Namespace) -
     return Rules(base, base_names, EngineLimits(max_lora_rank), allow)
 
 
+def roots_of(modules: Sequence[LoRAModulePath], args: Namespace) -> list[Path]:
+    """The folders that `/v1/load_lora_adapter` may name a path in."""
+    roots = list(getattr(args, "vllm_lora_roots", ()))
+    roots += [Path(source_of(module).path).expanduser().parent for module in modules]
+    resolved = os.environ.get("VLLM_LORA_RESOLVER_CACHE_DIR")
+    return [*roots, *([Path(resolved)] if resolved else [])]
+
+
 def open_catalog(modules: Sequence[LoRAModulePath], rules: Rules, args: Namespace) -> Catalog:
-    """The catalog that `vllm-lora serve` keeps; under plain vLLM one of our own with `--lora-modules` in it.
+    """Under plain vLLM, a catalog of our own with `--lora-modules` in it.
 
     Raises:
-        StateLocked: under plain vLLM, another server works with the same adapters.
+        StateLocked: another server works with the same adapters.
     """
-    if getattr(args, "state_dir", None):
-        return Catalog(Path(args.state_dir), readonly=True)
     sources = [source_of(module) for module in modules]
     if sources:
         state_dir = default_state_dir([source.path for source in sources])
@@ -119,82 +235,12 @@ def open_catalog(modules: Sequence[LoRAModulePath], rules: Rules, args: Namespac
     return catalog
 
 
-async def prove_engine(engine_client: EngineClient, vllm_config: Any, args: Namespace) -> None:
-    """Before anybody is served: our parts are in every worker, and keep adapters apart.
-
-    vLLM logs a plugin that cannot be imported and goes on without it, so somebody has to ask.
-
-    Raises:
-        ServerFailed: a worker runs without our parts.
-        IsolationBroken: a row was answered with another row's adapter.
-    """
-    from vllm_lora_ext.engine.calls import prove_isolation, require_parts
-    from vllm_lora_ext.engine.isolation import LEAD, Engine
-
-    await require_parts(engine_client)
-    if getattr(args, "no_isolation_check", False):
-        return
-    model, lora = vllm_config.model_config, vllm_config.lora_config
-    linears = {}
-    with contextlib.suppress(BadBaseModel):
-        linears = read_base_model(args.model).module_shapes() or {}
-    if lora.target_modules is not None:
-        linears = {
-            name: shape for name, shape in linears.items() if name.endswith(tuple(lora.target_modules))
-        }
-    engine = Engine(
-        engine_client, model.get_vocab_size(), lora.max_loras, str(model.dtype) == "torch.float16", linears
-    )
-    started = time.monotonic()
-    lead = await prove_isolation(engine)
-    if lead is not None:
-        seconds = time.monotonic() - started
-        logger.info("Isolation check: adapters and base do not mix (lead %.0f, %.1f s)", lead, seconds)
-        if lead < LEAD:
-            logger.warning("Isolation check: this model's weights allow no lead of %.0f", LEAD)
-
-
-def remember_death(engine_client: EngineClient, args: Namespace) -> None:
-    """Note in `args.engine_died` whether the engine was dead before it was told to stop.
-
-    vLLM ends its server then as if it had been asked to, and afterwards both look alike.
-    """
-    upstream = engine_client.shutdown
-
-    def shutdown(*positional: Any, **named: Any) -> Any:
-        if not hasattr(args, "engine_died"):  # it is called more than once
-            args.engine_died = engine_client.errored
-        return upstream(*positional, **named)
-
-    engine_client.shutdown = shutdown
-
-
-def render_with_own_template(renderer: OnlineRenderer, templates: dict[str, str]) -> None:
-    """Make every chat route (chat, responses, messages, tokenize) render `model`'s own template.
-
-    They all go through `preprocess_chat`, whose `default_template` is used
-    unless the request brings a template of its own.
-    """
-    upstream = renderer.preprocess_chat
-
-    async def preprocess_chat(request: Any, messages: list[Any], **kwargs: Any) -> Any:
-        own = templates.get(getattr(request, "model", None) or "")
-        if own is not None:
-            kwargs["default_template"] = own
-        return await upstream(request, messages, **kwargs)
-
-    renderer.preprocess_chat = preprocess_chat
-
-
-async def readiness(state: State) -> tuple[int, dict[str, Any]]:
+async def readiness(state: State, desk: Desk) -> tuple[int, dict[str, Any]]:
     """HTTP status and body of `/ready`: 200 while the engine works, 503 with the cause once it does not."""
     try:
         await state.engine_client.check_health()
     except Exception as error:  # whatever ended the engine, the answer is the same
         return 503, {"status": "failed", "cause": type(error).__name__}
-    models = state.openai_serving_models
-    return 200, {
-        "status": "ready",
-        "base_model": models.model_name(),
-        "adapters": sorted(models.lora_requests),
-    }
+    if desk.live is None:
+        return 503, {"status": "starting"}
+    return 200, {"status": "ready", "base_model": desk.live.base_name, "adapters": desk.live.names()}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -138,8 +138,3 @@ def fleet_table(rows: Sequence[FleetRow], title: str | None = None) -> Table:
         version = [row.version or "-"] if versions else []
         table.add_row(printable(row.name), *version, rank, size, row.template, row.state, reason)
     return table
-
-
-def served_ranks(rows: Sequence[FleetRow]) -> Iterator[int | None]:
-    """The rank of each adapter that will be served; None while it is not known."""
-    return (row.rank for row in rows if not row.is_refused)

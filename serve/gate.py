@@ -171,14 +171,6 @@ class Gate:
         self._retired.add(adapter)
         return self.tick(now)
 
-    def prefetch(self, adapter: str, now: float) -> list[Command]:
-        """Bring an adapter into memory before anybody asks, if there is room."""
-        if adapter in self._lines or self._occupied() >= self.limits.cached:
-            return []
-        line = self._lines[adapter] = _Line(adapter, used=now)
-        self._move(line, "loading")
-        return [Load(adapter)]
-
     # What follows from it.
 
     def tick(self, now: float) -> list[Command]:

@@ -8,25 +8,32 @@ import errno
 import importlib.util
 import os
 import socket
-import threading
-from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Sequence
+from contextlib import ExitStack
 from importlib.metadata import entry_points
 from pathlib import Path
 from typing import Any
 
-from serve.config import INFERRED, OwnFlags, ServeConfig, add_own_flags, read_config, read_own_flags
+from serve.config import (
+    INFERRED,
+    OwnFlags,
+    ServeConfig,
+    add_own_flags,
+    front_settings,
+    read_config,
+    read_own_flags,
+)
 from serve.fleet import (
     FleetRow,
     agreed_base_model,
     default_state_dir,
     fleet_rows,
     fleet_table,
-    served_ranks,
 )
 from serve.plan import flag_of, infer_adapters, infer_compilation, infer_kv_cache, infer_server, plain_command
 from serve.ready_watch import ReadyWatch
 from serve.screen import screen
+from serve.taking import taking
 from vllm_lora_ext.base_model import BaseModel, read_base_model
 from vllm_lora_ext.catalog import Catalog
 from vllm_lora_ext.engine import compat, native
@@ -43,7 +50,6 @@ _PLUGIN_GROUPS = (
     "vllm.io_processor_plugins",
     "vllm.stat_logger_plugins",
 )
-_LONGEST_STOP_S = 10.0  # for an adapter that is being taken; what is half written is swept at the next start
 _FEW_CORES = 4  # below this, a core kept free for the API server costs more than it brings
 
 
@@ -61,10 +67,10 @@ def main(argv: Sequence[str]) -> int:
         os.environ[compat.SKIP_VARIABLE] = "1"
     args, defaults = parse_with_vllm(argv)
     config = read_config(args, _UNSTATED)
+    if own.api_keys:
+        args.api_key = list(own.api_keys)
     with ExitStack() as held:
-        inbox = apply_plan(config, args, defaults, own, held)
-        if inbox is not None:
-            held.enter_context(taking(*inbox))
+        apply_plan(config, args, defaults, own, held)
         return run_server(args)
 
 
@@ -147,10 +153,10 @@ def parse_with_vllm(argv: Sequence[str]) -> tuple[argparse.Namespace, dict[str, 
 
 def apply_plan(
     config: ServeConfig, args: argparse.Namespace, defaults: dict[str, Any], own: OwnFlags, held: ExitStack
-) -> tuple[Inbox, list[Item]] | None:
+) -> None:
     """Judge the fleet, infer what is not stated, and write both into vLLM's arguments.
 
-    Returns what is still to be taken into the catalog, which `held` keeps open; None without adapters.
+    `held` keeps what works beside the server: the catalog, and the taking of what is new.
 
     Raises:
         BadSetting, BadBaseModel, PortInUse, StateLocked: before anything has started.
@@ -165,10 +171,15 @@ def apply_plan(
     remembered = catalog.base().get("name") if catalog else None
     base = read_base_model(config.base_model or agreed_base_model(sources, remembered))
     inferred = infer_server(base.public_name, config.stated)
-    inbox, rows = None, list[FleetRow]()
+    rows = list[FleetRow]()
     if catalog is not None:
         inbox, items, rows = admit_fleet(sources, base, config, catalog)
-        inferred += infer_adapters(list(served_ranks(rows)), config.stated)
+        served_rows = [row for row in rows if not row.is_refused]
+        ranks, sizes = [row.rank for row in served_rows], [row.size_bytes for row in served_rows]
+        inferred += infer_adapters(ranks, sizes, free_memory(), config.stated)
+        args.vllm_lora_catalog = catalog
+        args.vllm_lora_roots = places_of(config)
+        args.vllm_lora_folders = held.enter_context(taking(inbox, items, config))
     if (free := free_memory_of_cpu_platform()) is not None:
         inferred += infer_kv_cache(free, config.stated)
         inferred += infer_compilation(weights_size(base.name), native.compiler() is not None, config.stated)
@@ -180,14 +191,16 @@ def apply_plan(
             setattr(args, name, values.get(name, default))
     args.model = args.model_tag = base.name
     args.lora_modules = None  # they are served from the catalog
-    args.state_dir = None if catalog is None else str(catalog.state_dir)
+    args.api_server_count = one_api_server(args.api_server_count)
+    args.vllm_lora_front = front_settings(args)
+    if catalog is not None and not args.uds:
+        catalog.note_url(url_of(args))
     served = {row.name for row in rows if not row.is_refused}
     pairs = [(source.name, source.path) for source in sources if source.name in served]
     out.print(
         "as plain vLLM:",
         plain_command(base.name, inferred, pairs, vllm_words(own.passed_on, config.base_model)),
     )
-    return None if inbox is None else (inbox, items)
 
 
 def open_catalog(config: ServeConfig) -> Catalog:
@@ -213,7 +226,7 @@ def admit_fleet(
     base_names = config.base_names or (base.public_name,)
     rules = Rules(base, base_names, allow=config.allow)
     limits = EngineLimits(int(config.stated.get("max_lora_rank", EngineLimits().max_lora_rank)))
-    inbox = Inbox(catalog, rules)
+    inbox = Inbox(catalog, rules, config.chat)
     items = inbox.scan(sources, retire=bool(config.adapters or config.modules))
     catalog.note_base(base.name, base.fingerprint)
     served = set(catalog.names())
@@ -232,16 +245,32 @@ def admit_fleet(
     return inbox, items, rows
 
 
-@contextmanager
-def taking(inbox: Inbox, items: Sequence[Item]) -> Iterator[None]:
-    """Take new adapters into the catalog beside the server, which loads them as they come."""
-    thread = threading.Thread(target=inbox.take_all, args=(items,), name="adapter-inbox", daemon=True)
-    thread.start()
-    try:
-        yield
-    finally:
-        inbox.stop()
-        thread.join(_LONGEST_STOP_S)
+def places_of(config: ServeConfig) -> list[Path]:
+    """The folders of adapters, within which a client with the admin key may name one."""
+    places = [Path(name_and_place(value)[1]) for value in config.adapters if "://" not in value]
+    return places + [source.folder.parent for source in config.modules if source.folder is not None]
+
+
+def one_api_server(stated: int | None) -> int:
+    """Raises BadSetting for more: one process has to own what is loaded."""
+    if stated is not None and stated > 1:
+        fix = "Leave --api-server-count out."
+        raise BadSetting(f"--api-server-count {stated}", "one API server owns what is loaded", fix)
+    return 1
+
+
+def url_of(args: argparse.Namespace) -> str:
+    """Where this machine reaches the server."""
+    host = "127.0.0.1" if args.host in (None, "", "0.0.0.0", "::") else args.host
+    scheme = "https" if args.ssl_certfile else "http"
+    return f"{scheme}://{f'[{host}]' if ':' in host else host}:{args.port}"
+
+
+def free_memory() -> int:
+    """Bytes that programs can still have."""
+    import psutil
+
+    return int(psutil.virtual_memory().available)
 
 
 def free_memory_of_cpu_platform() -> int | None:
@@ -250,9 +279,7 @@ def free_memory_of_cpu_platform() -> int | None:
 
     if not current_platform.is_cpu() or os.environ.get("VLLM_CPU_KVCACHE_SPACE"):
         return None
-    import psutil
-
-    return int(psutil.virtual_memory().available)
+    return free_memory()
 
 
 def weights_size(base_model: str) -> int | None:

@@ -10,7 +10,9 @@ from typing import Any
 from vllm_lora_ext.spec import allowed_rank
 
 MIN_MAX_LORA_RANK = 32
-MAX_SLOTS = 8
+MIN_SLOTS, MAX_SLOTS = 4, 8
+MAX_CACHE_BYTES, MAX_CACHED = 8 << 30, 1024
+ASSUMED_ADAPTER_BYTES = 64 << 20
 MAX_CPU_KV_CACHE_BYTES = 4 << 30
 SMALL_MODEL_BYTES = 200_000_000
 
@@ -59,15 +61,20 @@ def infer_compilation(
     return _unstated([Inferred("enforce_eager", True, reason)], stated)
 
 
-def infer_adapters(ranks: Sequence[int | None], stated: Mapping[str, Any]) -> list[Inferred]:
-    """Room for the adapters; what the user states always wins.
+def infer_adapters(
+    ranks: Sequence[int | None], sizes: Sequence[int | None], available_bytes: int, stated: Mapping[str, Any]
+) -> list[Inferred]:
+    """Room for the adapters and for those that come later; what the user states always wins.
 
-    `ranks` are those of the admitted adapters, None where it is not known yet.
+    `ranks` and `sizes` (bytes) are those of the admitted adapters, None where it is not known yet.
     """
     count = len(ranks)
     largest = max([rank for rank in ranks if rank is not None], default=0)
-    slots = stated.get("max_loras") or max(1, min(count, MAX_SLOTS))
+    slots = stated.get("max_loras") or max(MIN_SLOTS, min(count, MAX_SLOTS))
     rank = allowed_rank(max(largest, MIN_MAX_LORA_RANK))
+    size = max([size for size in sizes if size is not None], default=0) or ASSUMED_ADAPTER_BYTES
+    budget = min(available_bytes // 4, MAX_CACHE_BYTES)
+    cached = max(slots, min(budget // size, MAX_CACHED))
     values = [
         Inferred("enable_lora", True, "adapters were asked for"),
         Inferred(
@@ -75,8 +82,17 @@ def infer_adapters(ranks: Sequence[int | None], stated: Mapping[str, Any]) -> li
             rank,
             f"largest admitted rank is {largest or 'unknown'}, at least {MIN_MAX_LORA_RANK} for later ones",
         ),
-        Inferred("max_loras", slots, f"{count} adapters, at most {MAX_SLOTS} in one batch"),
-        Inferred("max_cpu_loras", max(count, slots), "all adapters stay in memory, none is re-read"),
+        Inferred(
+            "max_loras",
+            slots,
+            f"adapters in one batch: there are {count}, more may come, {MIN_SLOTS} to {MAX_SLOTS} fit",
+        ),
+        Inferred(
+            "max_cpu_loras",
+            cached,
+            f"adapters in memory: as many of {size / 1e6:.1f} MB as fit {budget / 2**30:.1f} GiB, "
+            f"at most {MAX_CACHED}",
+        ),
     ]
     return _unstated(values, stated)
 

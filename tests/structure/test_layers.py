@@ -30,7 +30,7 @@ HEAVY_AT_THE_TOP = {
     "peft": (),
     "transformers": ("train/trainer.py", "train/progress.py"),
 }
-VLLM_ANYWHERE = ("vllm_lora_ext/engine/", "serve/launch.py", "serve/endpoint.py", "serve/following.py")
+VLLM_ANYWHERE = ("vllm_lora_ext/engine/", "serve/launch.py", "serve/endpoint.py", "serve/vllm_engine.py")
 FILES = sorted(path.relative_to(ROOT) for name in PACKAGES for path in (ROOT / name).rglob("*.py"))
 
 

@@ -280,10 +280,6 @@ class AnyTraffic(RuleBasedStateMachine):
     def retire(self, adapter: str) -> None:
         self.do(self.gate.retire(adapter, self.now))
 
-    @rule(adapter=st.sampled_from(NAMES))
-    def prefetch(self, adapter: str) -> None:
-        self.do(self.gate.prefetch(adapter, self.now))
-
     @rule(seconds=st.floats(0.1, 3.0))
     def pass_time(self, seconds: float) -> None:
         self.now += seconds

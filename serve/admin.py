@@ -1,0 +1,213 @@
+"""What `/v1/adapters` does: list, show, publish, roll back, split, remove, on a server that goes on serving.
+
+A change is on the disk before it is acknowledged. A version goes live only after the engine has loaded
+it, so one that the engine cannot take leaves the live one as it was.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import shutil
+import tempfile
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any, Protocol, TypeVar
+
+from serve.adapter_view import LiveFacts, adapter_detail, adapter_view, removed_view, unpublished_view
+from serve.live import LiveAdapters
+from serve.manager import Manager
+from serve.metrics import public_name
+from vllm_lora_ext.archive import Unpacker
+from vllm_lora_ext.background import lower_priority
+from vllm_lora_ext.catalog import Catalog
+from vllm_lora_ext.chat_override import ChatOverride
+from vllm_lora_ext.errors import AdapterRefused, AdapterUnknown, BadSetting, StoreFailed
+from vllm_lora_ext.inbox import version_of
+from vllm_lora_ext.intake import admit
+from vllm_lora_ext.names import ascii_shown, judge_name
+from vllm_lora_ext.peft_format import MAX_WEIGHTS_BYTES
+from vllm_lora_ext.records import Entry
+from vllm_lora_ext.sources import AdapterSource, fetched
+from vllm_lora_ext.spec import Finding
+
+_THREADS = 2
+_MAX_ARCHIVE_BYTES = MAX_WEIGHTS_BYTES + (64 << 20)
+_Result = TypeVar("_Result")
+
+
+class Folders(Protocol):
+    """What is known of the watched folders."""
+
+    def pending(self) -> Mapping[str, str]:
+        """Names that are being looked at, with what is missing."""
+
+    def incomplete(self) -> Mapping[str, str]:
+        """Names that have been incomplete for long, with what is missing."""
+
+
+@dataclass(frozen=True)
+class NoFolders:
+    """Nothing is watched."""
+
+    def pending(self) -> Mapping[str, str]:
+        """None."""
+        return {}
+
+    def incomplete(self) -> Mapping[str, str]:
+        """None."""
+        return {}
+
+
+class Admin:
+    """The changes, one method each; every one raises the errors of `vllm_lora_ext.errors`.
+
+    `roots` are the folders that `/v1/load_lora_adapter` may name a path in.
+    """
+
+    def __init__(
+        self, live: LiveAdapters, manager: Manager, folders: Folders, roots: Sequence[Path] = ()
+    ) -> None:
+        assert live.catalog is not None
+        self._live, self._manager, self._folders = live, manager, folders
+        self._catalog: Catalog = live.catalog
+        self._roots = [Path(os.path.realpath(root)) for root in roots]
+        self._threads = ThreadPoolExecutor(_THREADS, "adapter-admin", initializer=lower_priority)
+
+    # Looking.
+
+    def list(self) -> dict[str, Any]:
+        """Every name, served or not."""
+        rows = {entry.name: self._view(entry) for entry in self._catalog.entries()}
+        for record in self._catalog.folders().values():
+            if record.findings and record.name not in rows:
+                rows[record.name] = unpublished_view(record.name, "refused", record.findings)
+        for name, why in self._folders.incomplete().items():
+            finding = Finding("incomplete", name, why, "Finish copying it, or remove it.")
+            rows.setdefault(name, unpublished_view(name, "incomplete", [finding]))
+        for name, why in self._folders.pending().items():
+            finding = Finding("adapter_loading", name, why, "Wait a moment.")
+            rows.setdefault(name, unpublished_view(name, "loading", [finding]))
+        return {"object": "list", "data": [rows[name] for name in sorted(rows)]}
+
+    def get(self, name: str) -> dict[str, Any]:
+        """One name with its versions, what happened to it, and how it wants to be asked."""
+        for row in self.list()["data"] if name not in self._catalog.names() else ():
+            if row["id"] == name:
+                return dict(row)
+        entry = self._catalog.entry(name)
+        findings = self._live.findings(entry)
+        return adapter_detail(entry, findings, self._catalog, self._facts(entry), self._live.rules)
+
+    def _view(self, entry: Entry) -> dict[str, Any]:
+        refusals = [r.findings for r in self._catalog.folders().values() if r.name == entry.name]
+        findings = list(self._live.findings(entry)) or [finding for part in refusals for finding in part]
+        return adapter_view(entry, findings, self._facts(entry))
+
+    def _facts(self, entry: Entry) -> LiveFacts:
+        gate, use = self._manager.gate, self._manager.use_of(entry.name)
+        models = {version.digest: f"{entry.name}@{version.short}" for version in entry.versions}
+        counts = [gate.counts(model) for model in models.values()]
+        state = gate.state_of(models[entry.live])
+        return LiveFacts(
+            state=None if self._live.findings(entry) else state,
+            requests=use.requests,
+            running=sum(running for running, _ in counts),
+            waiting=sum(waiting for _, waiting in counts),
+            last_used=use.last_used,
+            load_seconds=use.load_seconds,
+            resident_versions=frozenset(d for d, model in models.items() if gate.state_of(model) != "stored"),
+        )
+
+    # Changing.
+
+    async def publish(
+        self, name: str, archive: AsyncIterator[bytes], replaces: bool, chat: ChatOverride
+    ) -> dict[str, Any]:
+        """Take an adapter that somebody sends, and make it the live version of `name`."""
+        if findings := judge_name(name, self._live.rules.base_names):
+            raise AdapterRefused(ascii_shown(name), findings)
+        self._catalog.incoming.mkdir(parents=True, exist_ok=True)
+        folder = Path(tempfile.mkdtemp(dir=self._catalog.incoming))
+        try:
+            unpacker = Unpacker(folder, _MAX_ARCHIVE_BYTES)
+            async for piece in archive:
+                await self._in_thread(partial(unpacker.feed, piece))
+            await self._in_thread(unpacker.close)
+            return await self.publish_folder(AdapterSource(name, str(folder)), replaces, chat, "upload")
+        except OSError as error:
+            raise StoreFailed(name, error) from error
+        finally:
+            await self._in_thread(lambda: shutil.rmtree(folder, ignore_errors=True))
+
+    async def publish_folder(
+        self, source: AdapterSource, replaces: bool, chat: ChatOverride, origin: str | None = None
+    ) -> dict[str, Any]:
+        """Judge what lies in a folder, have the engine load it, and make it live; nothing changes before."""
+        rules = replace(self._live.rules, follow_links=origin is None)
+
+        def take() -> Any:
+            with fetched(source, self._catalog.incoming) as folder:
+                return admit(folder, self._catalog.store, rules, source.name, chat=chat)
+
+        admitted = await self._in_thread(take)
+        try:
+            version = version_of(admitted, self._catalog, rules, source)
+            version = version if origin is None else replace(version, source=origin)
+            served = self._live.served(source.name, version)
+            await self._manager.prove(served)
+            try:
+                await self._in_thread(lambda: self._catalog.publish(source.name, version, replaces))
+            except BaseException:
+                self._manager.retire(served.model)
+                raise
+        finally:
+            admitted.version.release()
+        self._live.refresh()
+        await self._in_thread(self._catalog.collect)
+        return self._view(self._catalog.entry(source.name))
+
+    async def rollback(self, name: str, to: str | None) -> dict[str, Any]:
+        """Make an earlier version live again."""
+        await self._in_thread(lambda: self._catalog.rollback(name, to))
+        self._live.refresh()
+        return self._view(self._catalog.entry(name))
+
+    async def split(self, name: str, percent: Mapping[str, int]) -> dict[str, Any]:
+        """Split a name's requests over its versions."""
+        await self._in_thread(lambda: self._catalog.set_traffic(name, percent))
+        self._live.refresh()
+        return self._view(self._catalog.entry(name))
+
+    async def remove(self, name: str) -> dict[str, Any]:
+        """Take a name out of service; what runs finishes."""
+        await self._in_thread(lambda: self._catalog.remove([name]))
+        self._live.refresh()
+        self._manager.forget_use(name)
+        await self._in_thread(self._catalog.collect)
+        return removed_view(name)
+
+    async def load(self, name: str, path: str, replaces: bool) -> None:
+        """As vLLM's `/v1/load_lora_adapter`: publish what lies at `path`, within the adapters folder."""
+        if findings := judge_name(name, self._live.rules.base_names):
+            raise AdapterRefused(ascii_shown(name), findings)
+        real = Path(os.path.realpath(path))
+        if not any(real != root and real.is_relative_to(root) for root in self._roots):
+            rule = "is not within the adapters folder of this server"
+            raise BadSetting("lora_path", rule, "Put the adapter there, or send it: `vllm-lora publish DIR`.")
+        if name in self._catalog.names() and not replaces:
+            rule = "has already been loaded"
+            raise BadSetting(name, rule, "Set load_inplace to replace what it stands for.")
+        await self.publish_folder(AdapterSource(name, str(real)), True, ChatOverride())
+
+    async def unload(self, name: str) -> None:
+        """As vLLM's `/v1/unload_lora_adapter`."""
+        if public_name(name) not in self._catalog.names():
+            raise AdapterUnknown(ascii_shown(name), "cannot be found", "`vllm-lora ls` lists what is there.")
+        await self.remove(name)
+
+    async def _in_thread(self, work: Callable[[], _Result]) -> _Result:
+        return await asyncio.get_running_loop().run_in_executor(self._threads, work)

@@ -1,0 +1,198 @@
+"""vLLM's engine as the manager sees it, and what else of a running vLLM we hold on to."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import time
+from argparse import Namespace
+from collections.abc import Awaitable, Callable
+from typing import TYPE_CHECKING, Any
+
+from serve.metrics import OneSeries
+from serve.served import ServedVersion
+from vllm_lora_ext.base_model import read_base_model
+from vllm_lora_ext.errors import BadBaseModel
+
+if TYPE_CHECKING:
+    from vllm.entrypoints.openai.models.serving import OpenAIServingModels
+    from vllm.entrypoints.serve.engine.protocol import ErrorResponse
+    from vllm.lora.request import LoRARequest
+    from vllm.renderers.online_renderer import OnlineRenderer
+    from vllm.v1.engine.async_llm import AsyncLLM
+
+# A child of vLLM's logger, so that its handler and format apply.
+logger = logging.getLogger("vllm.vllm_lora")
+
+_LABEL_ID = 1  # of a request that only names its adapter; the engine never sees it
+
+
+class VllmEngine:
+    """Implements the manager's `AdapterEngine`; a handle is the `LoRARequest` of a loaded adapter.
+
+    `templates` are the chat templates of what may be asked for, by `name@digest12`.
+    """
+
+    def __init__(self, client: AsyncLLM, models: OpenAIServingModels) -> None:
+        self._client, self._models = client, models
+        self.templates: dict[str, str] = {}
+        self.resolvers, models.lora_resolvers = list(models.lora_resolvers), []
+        models.load_lora_adapter = models.unload_lora_adapter = _closed  # another way in, for closed routes
+
+    def announce(self, version: ServedVersion) -> None:
+        """Let vLLM's handlers find it by its full name."""
+        self._models.lora_requests[version.model] = self._request(version, _LABEL_ID)
+        if version.template is not None:
+            self.templates[version.model] = version.template
+
+    def withdraw(self, version: ServedVersion) -> None:
+        """Let them not."""
+        self._models.lora_requests.pop(version.model, None)
+        self.templates.pop(version.model, None)
+
+    async def load(self, version: ServedVersion) -> LoRARequest:
+        """Bring it into the memory of every worker, beside the engine's steps.
+
+        Raises:
+            RuntimeError: with the reason, without paths of this machine.
+        """
+        from vllm_lora_ext.engine.calls import add_lora_staged
+
+        request = self._request(version, self._models.lora_id_counter.inc(1))
+        try:
+            await add_lora_staged(self._client, request, activate=False)
+        except Exception as error:
+            reason = str(error).replace(request.lora_path, "its folder") or type(error).__name__
+            raise RuntimeError(reason) from error
+        return request
+
+    async def unload(self, handle: LoRARequest) -> None:
+        """Take it out of memory."""
+        await self._client.remove_lora(handle.lora_int_id)
+
+    def _request(self, version: ServedVersion, number: int) -> LoRARequest:
+        from vllm.lora.request import LoRARequest
+
+        options = version.version.options
+        return LoRARequest(
+            lora_name=version.model,
+            lora_int_id=number,
+            lora_path=str(version.stored.folder),
+            base_model_name=options.get("base_model_name"),
+            is_3d_lora_weight=bool(options.get("is_3d_lora_weight")),
+        )
+
+
+async def _closed(*_: Any, **__: Any) -> ErrorResponse:
+    from vllm.entrypoints.serve import create_error_response
+
+    return create_error_response("Adapters are loaded and unloaded by /v1/adapters on this server.")
+
+
+def generation_error(reason: str) -> Exception:
+    """What vLLM's handlers turn into an answer with the reason."""
+    from vllm.exceptions import GenerationError
+
+    error: Exception = GenerationError(reason)
+    return error
+
+
+async def prove_engine(client: AsyncLLM, vllm_config: Any, args: Namespace) -> None:
+    """Before anybody is served: our parts are in every worker, and keep adapters apart.
+
+    vLLM logs a plugin that cannot be imported and goes on without it, so somebody has to ask. From then on
+    nothing leaves the engine's memory by itself.
+
+    Raises:
+        ServerFailed: a worker runs without our parts.
+        IsolationBroken: a row was answered with another row's adapter.
+    """
+    from vllm_lora_ext.engine.calls import call_workers, own_residency, require_parts
+
+    await require_parts(client)
+    if not getattr(args, "no_isolation_check", False) and vllm_config.model_config.runner_type == "generate":
+        await _check_isolation(client, vllm_config, args)
+    await call_workers(client, own_residency)
+
+
+async def _check_isolation(client: AsyncLLM, vllm_config: Any, args: Namespace) -> None:
+    from vllm_lora_ext.engine.calls import prove_isolation
+    from vllm_lora_ext.engine.isolation import LEAD, Engine
+
+    model, lora = vllm_config.model_config, vllm_config.lora_config
+    linears = {}
+    with contextlib.suppress(BadBaseModel):
+        linears = read_base_model(args.model).module_shapes() or {}
+    if lora.target_modules is not None:
+        linears = {
+            name: shape for name, shape in linears.items() if name.endswith(tuple(lora.target_modules))
+        }
+    is_half = str(model.dtype) == "torch.float16"
+    engine = Engine(client, model.get_vocab_size(), lora.max_loras, is_half, linears)
+    started = time.monotonic()
+    lead = await prove_isolation(engine)
+    if lead is not None:
+        seconds = time.monotonic() - started
+        logger.info("Isolation check: adapters and base do not mix (lead %.0f, %.1f s)", lead, seconds)
+        if lead < LEAD:
+            logger.warning("Isolation check: this model's weights allow no lead of %.0f", LEAD)
+
+
+def remember_death(client: AsyncLLM, args: Namespace) -> None:
+    """Note in `args.engine_died` whether the engine was dead before it was told to stop.
+
+    vLLM ends its server then as if it had been asked to, and afterwards both look alike.
+    """
+    upstream = client.shutdown
+
+    def shutdown(*positional: Any, **named: Any) -> Any:
+        if not hasattr(args, "engine_died"):  # it is called more than once
+            args.engine_died = client.errored
+        return upstream(*positional, **named)
+
+    client.shutdown = shutdown
+
+
+def render_with_own_template(renderer: OnlineRenderer, templates: dict[str, str]) -> None:
+    """Make every chat route (chat, responses, messages, tokenize) render `model`'s own template.
+
+    They all go through `preprocess_chat`, whose `default_template` is used
+    unless the request brings a template of its own.
+    """
+    upstream: Callable[..., Awaitable[Any]] = renderer.preprocess_chat
+
+    async def preprocess_chat(request: Any, messages: list[Any], **kwargs: Any) -> Any:
+        own = templates.get(getattr(request, "model", None) or "")
+        if own is not None:
+            kwargs["default_template"] = own
+        return await upstream(request, messages, **kwargs)
+
+    renderer.preprocess_chat = preprocess_chat
+
+
+def show_one_series(client: AsyncLLM, max_loras: int) -> None:
+    """vLLM's `lora_requests_info` as one series, which says truly what runs and what waits.
+
+    vLLM puts every adapter with a request into both lists, one of them with the count 0.
+    """
+    manager = client.logger_manager
+    for stat_logger in manager.stat_loggers if manager is not None else ():
+        gauge = getattr(stat_logger, "gauge_lora_info", None)
+        if gauge is None:
+            continue
+        stat_logger.gauge_lora_info = series = OneSeries(gauge)
+        series.labels(
+            max_lora=max_loras, waiting_lora_adapters="", running_lora_adapters=""
+        ).set_to_current_time()
+        stat_logger.record = _of_those_that_count(stat_logger.record)
+
+
+def _of_those_that_count(record: Callable[..., None]) -> Callable[..., None]:
+    def recorded(scheduler_stats: Any = None, *args: Any, **kwargs: Any) -> None:
+        for name in ("running_lora_adapters", "waiting_lora_adapters"):
+            counts = getattr(scheduler_stats, name, None)
+            if counts:
+                setattr(scheduler_stats, name, {key: count for key, count in counts.items() if count})
+        record(scheduler_stats, *args, **kwargs)
+
+    return recorded
