@@ -32,7 +32,7 @@ from vllm_lora_ext.names import ascii_shown, judge_name
 from vllm_lora_ext.peft_format import MAX_WEIGHTS_BYTES
 from vllm_lora_ext.records import Entry
 from vllm_lora_ext.sources import AdapterSource, fetched
-from vllm_lora_ext.spec import Finding
+from vllm_lora_ext.spec import Finding, Severity
 
 _THREADS = 2
 _MAX_ARCHIVE_BYTES = MAX_WEIGHTS_BYTES + (64 << 20)
@@ -81,31 +81,37 @@ class Admin:
 
     def list(self) -> dict[str, Any]:
         """Every name, served or not."""
-        rows = {entry.name: self._view(entry) for entry in self._catalog.entries()}
-        for record in self._catalog.folders().values():
-            if record.findings and record.name not in rows:
-                rows[record.name] = unpublished_view(record.name, "refused", record.findings)
+        refusals = self._refusals()
+        rows = {entry.name: self._view(entry, refusals) for entry in self._catalog.entries()}
+        for name, findings in refusals.items():
+            rows.setdefault(name, unpublished_view(name, "refused", findings))
         for name, why in self._folders.incomplete().items():
-            finding = Finding("incomplete", name, why, "Finish copying it, or remove it.")
-            rows.setdefault(name, unpublished_view(name, "incomplete", [finding]))
+            rows.setdefault(name, unpublished_view(name, "incomplete", [_note("incomplete", name, why)]))
         for name, why in self._folders.pending().items():
-            finding = Finding("adapter_loading", name, why, "Wait a moment.")
-            rows.setdefault(name, unpublished_view(name, "loading", [finding]))
+            rows.setdefault(name, unpublished_view(name, "loading", [_note("adapter_loading", name, why)]))
         return {"object": "list", "data": [rows[name] for name in sorted(rows)]}
 
     def get(self, name: str) -> dict[str, Any]:
         """One name with its versions, what happened to it, and how it wants to be asked."""
-        for row in self.list()["data"] if name not in self._catalog.names() else ():
-            if row["id"] == name:
-                return dict(row)
+        if name not in self._catalog.names():
+            for row in self.list()["data"]:
+                if row["id"] == name:
+                    return {**row, "versions": [], "history": []}
         entry = self._catalog.entry(name)
-        findings = self._live.findings(entry)
+        findings = self._findings(entry, self._refusals())
         return adapter_detail(entry, findings, self._catalog, self._facts(entry), self._live.rules)
 
-    def _view(self, entry: Entry) -> dict[str, Any]:
-        refusals = [r.findings for r in self._catalog.folders().values() if r.name == entry.name]
-        findings = list(self._live.findings(entry)) or [finding for part in refusals for finding in part]
-        return adapter_view(entry, findings, self._facts(entry))
+    def _refusals(self) -> dict[str, tuple[Finding, ...]]:
+        """Why the folder of a name was refused; its name may be served all the same, in an earlier version."""
+        folders = self._catalog.folders().values()
+        return {record.name: record.findings for record in folders if record.findings}
+
+    def _findings(self, entry: Entry, refusals: Mapping[str, Sequence[Finding]]) -> Sequence[Finding]:
+        return self._live.findings(entry) or refusals.get(entry.name, ())
+
+    def _view(self, entry: Entry, refusals: Mapping[str, Sequence[Finding]] | None = None) -> dict[str, Any]:
+        known = self._refusals() if refusals is None else refusals
+        return adapter_view(entry, self._findings(entry, known), self._facts(entry))
 
     def _facts(self, entry: Entry) -> LiveFacts:
         gate, use = self._manager.gate, self._manager.use_of(entry.name)
@@ -211,3 +217,7 @@ class Admin:
 
     async def _in_thread(self, work: Callable[[], _Result]) -> _Result:
         return await asyncio.get_running_loop().run_in_executor(self._threads, work)
+
+
+def _note(code: str, name: str, why: str) -> Finding:
+    return Finding(code, name, why, "", Severity.WARNING)

@@ -3,7 +3,6 @@
 FastAPI reads the annotations of its handlers when they are defined, so they are not postponed here.
 """
 
-import json
 from collections.abc import Awaitable, Callable, Mapping
 from typing import TYPE_CHECKING, Any
 from urllib.parse import unquote
@@ -92,7 +91,7 @@ def _attach_adapters(app: "FastAPI", desk: Desk) -> None:
         async def work() -> Any:
             replaces = request.query_params.get("replace", "false") in ("true", "1")
             stated = request.headers.get(CHAT_HEADER)
-            chat = ChatOverride.from_json(json.loads(stated)) if stated else ChatOverride()
+            chat = ChatOverride.from_json(read_body(stated.encode())) if stated else ChatOverride()
             return await _admin(desk).publish(name, request.stream(), replaces, chat)
 
         return await _answer(work)

@@ -118,8 +118,10 @@ class Manager:
     # Turns.
 
     @asynccontextmanager
-    async def turn(self, model: Adapter) -> AsyncIterator[Any]:
+    async def turn(self, model: Adapter, counts: bool = True) -> AsyncIterator[Any]:
         """A place in the engine for one request of a leased version, or of the base; its handle.
+
+        `counts` is off for what no client asked for.
 
         Raises:
             AdapterFailed: it could not be loaded.
@@ -131,7 +133,8 @@ class Manager:
         try:
             self._do(self.gate.arrive(model, number, self._clock()))
             await start
-            self._note_use(model)
+            if counts:
+                self._note_use(model)
             yield self._handles[model] if model is not None else None
         finally:
             if self._starts.pop(number, None) is not None:
@@ -169,7 +172,7 @@ class Manager:
         """
         self.hold(version)
         try:
-            async with self.turn(version.model):
+            async with self.turn(version.model, counts=False):
                 pass
         finally:
             self.release(version.model)
