@@ -102,7 +102,7 @@ class Admin:
         return adapter_detail(entry, findings, self._catalog, self._facts(entry), self._live.rules)
 
     def _refusals(self) -> dict[str, tuple[Finding, ...]]:
-        """Why the folder of a name was refused; its name may be served all the same, in an earlier version."""
+        """Why folders were refused, by name; the name may be served all the same, in an earlier version."""
         folders = self._catalog.folders().values()
         return {record.name: record.findings for record in folders if record.findings}
 

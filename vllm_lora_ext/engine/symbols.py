@@ -33,20 +33,27 @@ vllm.entrypoints.cli.serve:ServeSubcommand
 vllm.entrypoints.launchers.cli_args:make_arg_parser(parser)
 vllm.entrypoints.openai.models.protocol:LoRAModulePath(name, path)
 vllm.entrypoints.openai.models.serving:OpenAIServingModels
-    base_model_paths lora_requests model_name
+    base_model_paths lora_id_counter lora_requests lora_resolvers model_name
     load_lora_adapter(request, base_model_name) unload_lora_adapter(request)
+vllm.entrypoints.openai.responses.serving:OpenAIServingResponses.background_tasks
 vllm.entrypoints.serve:create_error_response(message)
-vllm.entrypoints.serve.engine.protocol:ErrorResponse.error
-vllm.entrypoints.serve.lora.protocol:
-    LoadLoRAAdapterRequest(*, lora_name, lora_path, is_3d_lora_weight) UnloadLoRAAdapterRequest.lora_name
 vllm.entrypoints.serve.utils.api_utils:cli_env_setup
+vllm.exceptions:GenerationError(message)
+vllm.lora.request:LoRARequest
+    base_model_name is_3d_lora_weight lora_int_id lora_name lora_path
 vllm.platforms:current_platform.is_cpu
 vllm.plugins.endpoint_plugins.interface:EndpointPlugin
     attach_router(app) init_state(engine_client, state, args)
 vllm.renderers.online_renderer:OnlineRenderer.preprocess_chat(request, messages, *, default_template)
 vllm.utils.argparse_utils:FlexibleArgumentParser
 vllm.v1.engine.async_llm:AsyncLLM
-    check_health errored shutdown
+    check_health errored logger_manager remove_lora(lora_id) shutdown
+    generate(prompt, sampling_params, request_id, *, lora_request)
+    encode(prompt, pooling_params, request_id, *, lora_request)
+vllm.v1.metrics.loggers:PrometheusStatLogger
+    gauge_lora_info record(scheduler_stats)
+vllm.v1.metrics.stats:SchedulerStats
+    running_lora_adapters waiting_lora_adapters
 """
 _ISOLATION = """
 vllm.lora.layers:
