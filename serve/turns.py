@@ -28,14 +28,13 @@ class TurnTaker:
     def wrap(self, method: Outputs) -> Outputs:
         """The same method, with turns. What it is given as `lora_request` only names the adapter."""
 
-        async def in_turn(
-            prompt: Any, params: Any, request_id: str, *, lora_request: Any = None, **rest: Any
-        ) -> AsyncIterator[Any]:
+        async def in_turn(*given: Any, lora_request: Any = None, **named: Any) -> AsyncIterator[Any]:
             model = None if lora_request is None else lora_request.lora_name
+            params = given[1] if len(given) > 1 else None  # vLLM passes those of `encode` by name
             account = _Account(self._metrics, model or self._base_name, params)
             try:
                 async with self._manager.turn(model) as loaded:
-                    outputs = method(prompt, params, request_id, lora_request=loaded, **rest)
+                    outputs = method(*given, lora_request=loaded, **named)
                     async with aclosing(outputs) as stream:  # type: ignore[type-var]
                         async for output in stream:
                             account.note(output)
