@@ -34,18 +34,14 @@ def test_the_order_of_copying_does_not_matter(make_adapter: MakeAdapter, tmp_pat
 
 
 def test_a_config_is_incomplete_at_every_cut(make_adapter: MakeAdapter) -> None:
-    folder = make_adapter(
-        rank_pattern={"a": 1, "b{2}": {"c": [1.5e1, None, True]}}, text='小"}\\{李}', end={}
-    )
-    data = (folder / CONFIG).read_bytes() + b"\n"
-    utf8 = (json.dumps(json.loads(data), ensure_ascii=False, indent=2) + "\n").encode()
-    for whole in (data, utf8):
-        for cut in range(len(whole.rstrip())):
-            (folder / CONFIG).write_bytes(whole[:cut])
-            assert (incomplete(folder) or "").startswith(CONFIG), whole[:cut]
-            (folder / CONFIG).write_bytes(whole[:cut] + bytes(len(whole) - cut))  # space that was reserved
-            assert incomplete(folder), whole[:cut]
-        (folder / CONFIG).write_bytes(whole)
+    folder = make_adapter()
+    body = {"r": 8, "p": {"a{2}": {"c": [1.5e1, None, True]}}, "text": '小"}\\{李}', "end": {}}
+    for whole in (json.dumps(body).encode(), json.dumps(body, ensure_ascii=False, indent=1).encode()):
+        for cut in range(len(whole)):
+            for reserved in (b"", bytes(len(whole) - cut)):  # some copies reserve the space first
+                (folder / CONFIG).write_bytes(whole[:cut] + reserved)
+                assert (incomplete(folder) or "").startswith(CONFIG), whole[:cut]
+        (folder / CONFIG).write_bytes(whole + b"\n")
         assert incomplete(folder) is None
 
 
