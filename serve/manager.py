@@ -55,6 +55,7 @@ class _Lease:
     version: ServedVersion
     held: ExitStack
     count: int = 0
+    retired: bool = False  # and nobody has accepted a request for it since
 
 
 @dataclass
@@ -105,6 +106,7 @@ class Manager:
             lease = self._leases[version.model] = _Lease(version, held)
             self._engine.announce(version)
         lease.count += 1
+        lease.retired = False
 
     def release(self, model: str) -> None:
         """One request less."""
@@ -114,6 +116,8 @@ class Manager:
             del self._leases[model]
             self._engine.withdraw(lease.version)
             lease.held.close()
+            if lease.retired:  # what was accepted before may have brought it into memory since
+                self._do(self.gate.retire(model, self._clock()))
 
     # Turns.
 
@@ -151,6 +155,8 @@ class Manager:
 
     def retire(self, model: str) -> None:
         """No new request will ask for this version: it leaves the memory after its last one."""
+        if model in self._leases:
+            self._leases[model].retired = True
         self._do(self.gate.retire(model, self._clock()))
 
     async def warm_up(self, versions: Sequence[ServedVersion]) -> list[str]:
