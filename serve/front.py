@@ -98,7 +98,7 @@ class Front:
             if live is None or manager is None:
                 raise ApiError(503, "The server is starting.", "starting", "server_error")
             version = await self._resolve(live, body)
-            accept(manager, version)
+            accept(live, manager, version)
         except ApiError as error:
             raise _Refused(error) from None
         if version is None:
@@ -142,11 +142,11 @@ class Front:
             task.add_done_callback(ended)
 
 
-def accept(manager: Manager, version: ServedVersion | None) -> None:
+def accept(live: LiveAdapters, manager: Manager, version: ServedVersion | None) -> None:
     """Take a request on: from here it ends exactly once, by this version.
 
     Raises:
-        ApiError: 429, too many wait; 503, the version is gone this very moment.
+        ApiError: 429, too many wait; 500, the store has lost the version.
     """
     try:
         manager.gate.check(None if version is None else version.model)
@@ -156,9 +156,9 @@ def accept(manager: Manager, version: ServedVersion | None) -> None:
         headers = {"Retry-After": str(full.retry_after_s)}
         raise ApiError(429, f"Too many requests: {full}.", "queue_full", "requests", None, headers) from None
     except VllmLoraError as error:
-        raise ApiError(
-            503, str(error), "version_gone", "server_error", "model", {"Retry-After": "1"}
-        ) from None
+        assert version is not None
+        live.note_failure(version, str(error))
+        raise ApiError(500, str(error), "adapter_failed", "server_error", "model") from None
 
 
 class _Refused(Exception):

@@ -18,27 +18,37 @@ def values(items: list[Inferred]) -> dict[str, Any]:
     return {item.name: item.value for item in items}
 
 
+FREE = 16 << 30
+
+
 def test_a_small_fleet() -> None:
-    assert values(infer_adapters([8, 16], {})) == {
+    assert values(infer_adapters([8, 16], [1_000_000, 2_000_000], FREE, {})) == {
         "enable_lora": True,
         "max_lora_rank": 32,
-        "max_loras": 2,
-        "max_cpu_loras": 2,
+        "max_loras": 4,
+        "max_cpu_loras": 1024,
     }
 
 
 def test_the_largest_rank_is_rounded_up_to_one_that_vllm_allows() -> None:
-    assert values(infer_adapters([8, 100], {}))["max_lora_rank"] == 128
+    assert values(infer_adapters([8, 100], [1, 1], FREE, {}))["max_lora_rank"] == 128
 
 
-def test_many_adapters_share_eight_slots_and_all_stay_in_memory() -> None:
-    found = values(infer_adapters([8] * 20, {}))
-    assert (found["max_loras"], found["max_cpu_loras"]) == (8, 20)
+def test_many_adapters_share_eight_slots_and_as_many_stay_in_memory_as_fit() -> None:
+    found = values(infer_adapters([8] * 2000, [10 << 20] * 2000, FREE, {}))
+    assert (found["max_loras"], found["max_cpu_loras"]) == (8, (4 << 30) // (10 << 20))
 
 
-def test_no_adapter_yet_still_leaves_room_for_one() -> None:
-    found = values(infer_adapters([], {}))
-    assert (found["max_loras"], found["max_cpu_loras"], found["max_lora_rank"]) == (1, 1, 32)
+def test_what_is_in_memory_is_bounded_on_a_large_machine_and_never_below_the_slots() -> None:
+    large = values(infer_adapters([512], [4 << 30], 1 << 40, {"max_loras": 3}))
+    assert large["max_cpu_loras"] == 3, "2 of 4 GiB fit 8 GiB, and 3 have to be there at once"
+    assert values(infer_adapters([8], [1], 1 << 40, {}))["max_cpu_loras"] == 1024
+
+
+def test_no_adapter_yet_still_leaves_room_for_some() -> None:
+    found = values(infer_adapters([], [], FREE, {}))
+    assert (found["max_loras"], found["max_lora_rank"]) == (4, 32)
+    assert found["max_cpu_loras"] == (4 << 30) // (64 << 20)
 
 
 def test_a_server_is_for_this_machine_and_named_after_its_base() -> None:
@@ -62,14 +72,18 @@ def test_a_small_model_and_a_machine_without_a_compiler_are_not_compiled() -> No
 
 def test_what_the_user_states_wins_and_the_rest_fits_to_it() -> None:
     stated = {"host": "0.0.0.0", "max_loras": 4, "max_lora_rank": 16, "served_model_name": ["m"]}
-    assert values(infer_adapters([8], stated)) == {"enable_lora": True, "max_cpu_loras": 4}
+    assert values(infer_adapters([8], [None], 0, stated)) == {"enable_lora": True, "max_cpu_loras": 4}
     assert infer_server("base", stated) == []
     assert infer_kv_cache(8 << 30, {"gpu_memory_utilization": 0.5}) == []
     assert infer_kv_cache(8 << 30, {"kv_cache_memory_bytes": 1}) == []
 
 
 def test_every_value_has_a_reason() -> None:
-    inferred = [*infer_server("b", {}), *infer_adapters([8, *[None] * 1], {}), *infer_kv_cache(1, {})]
+    inferred = [
+        *infer_server("b", {}),
+        *infer_adapters([8, None], [1, None], FREE, {}),
+        *infer_kv_cache(1, {}),
+    ]
     assert all(item.reason for item in inferred)
 
 
