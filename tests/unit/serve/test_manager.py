@@ -242,6 +242,23 @@ def test_a_failing_load_ends_the_requests_that_waited_for_it_and_no_others(engin
     run_simulated(work())
 
 
+def test_a_client_that_leaves_in_the_very_moment_its_load_fails_spoils_it_for_nobody(
+    manager: Manager, engine: FakeEngine
+) -> None:
+    async def work() -> None:
+        engine.failing[A.model] = "no"
+        engine.held[A.model] = asyncio.Event()
+        leaves, stays = (asyncio.create_task(request(manager, A)) for _ in range(2))
+        await spin()
+        engine.held[A.model].set()
+        await cancelled(leaves)
+        with pytest.raises(AdapterFailed):
+            await asyncio.wait_for(stays, 1.0)
+        assert nothing_is_held(manager)
+
+    run_simulated(work())
+
+
 def test_a_load_whose_clients_have_all_left_is_not_even_begun(manager: Manager, engine: FakeEngine) -> None:
     async def work() -> None:
         task = asyncio.create_task(request(manager, A))
@@ -354,6 +371,9 @@ class AnyTraffic(RuleBasedStateMachine):
         self.tasks: dict[asyncio.Task[object], str] = {}
         self.ends: dict[asyncio.Task[object], asyncio.Event] = {}
         self.versions = [a_version(name, name) for name in NAMES]
+        for version in self.versions:
+            self.engine.held[version.model] = asyncio.Event()
+            self.engine.held[version.model].set()
 
     @initialize(slots=st.integers(1, 2), cached=st.integers(2, 3), running=st.integers(1, 3))
     def begin(self, slots: int, cached: int, running: int) -> None:
@@ -362,23 +382,15 @@ class AnyTraffic(RuleBasedStateMachine):
         )
 
     def go_on(self, rounds: int) -> None:
-        self.loop.run_until_complete(spin(rounds))
+        """Let so many things happen; with 0 the next rule comes in the very same moment."""
+        if rounds:
+            self.loop.run_until_complete(spin(rounds - 1))
 
-    def do(self, work: Callable[[], None]) -> None:
-        async def within_the_loop() -> None:
-            work()
-
-        self.loop.run_until_complete(within_the_loop())
-
-    @rule(version=st.integers(0, 2), rounds=st.integers(0, 3))
+    @rule(version=st.integers(0, 2), rounds=st.integers(0, 4))
     def ask(self, version: int, rounds: int) -> None:
-        def work() -> None:
-            chosen, ends = self.versions[version], asyncio.Event()
-            self.engine.held.setdefault(chosen.model, asyncio.Event())
-            task = self.loop.create_task(request(self.manager, chosen, ends))
-            self.tasks[task], self.ends[task] = chosen.model, ends
-
-        self.do(work)
+        chosen, ends = self.versions[version], asyncio.Event()
+        task = self.loop.create_task(request(self.manager, chosen, ends))
+        self.tasks[task], self.ends[task] = chosen.model, ends
         self.go_on(rounds)
 
     @rule(version=st.integers(0, 2), works=st.booleans(), rounds=st.integers(0, 3))
@@ -388,30 +400,33 @@ class AnyTraffic(RuleBasedStateMachine):
             self.engine.failing[model] = "no"
         else:
             self.engine.failing.pop(model, None)
-        if model in self.engine.held:
-            self.engine.held[model].set()
+        self.engine.held[model].set()
         self.go_on(rounds)
 
     @rule(version=st.integers(0, 2))
     def loads_are_slow(self, version: int) -> None:
-        held = self.engine.held.get(self.versions[version].model)
-        if held is not None:
-            held.clear()
+        self.engine.held[self.versions[version].model].clear()
 
-    @precondition(lambda self: self.tasks)
-    @rule(data=st.data(), leaves=st.booleans(), rounds=st.integers(0, 3))
-    def end(self, data: st.DataObject, leaves: bool, rounds: int) -> None:
-        task = data.draw(st.sampled_from(list(self.tasks)))
-        if leaves:
-            task.cancel()
-        else:
-            self.ends[task].set()
+    @precondition(lambda self: not all(task.done() for task in self.tasks))
+    @rule(data=st.data(), leave=st.lists(st.booleans(), min_size=1, max_size=3), rounds=st.integers(0, 4))
+    def end(self, data: st.DataObject, leave: list[bool], rounds: int) -> None:
+        """Several in one moment: they end well, or leave."""
+        under_way = st.sampled_from([task for task in self.tasks if not task.done()])
+        for leaves in leave:
+            task = data.draw(under_way)
+            if leaves:
+                task.cancel()
+            else:
+                self.ends[task].set()
         self.go_on(rounds)
 
     @rule(version=st.integers(0, 2), rounds=st.integers(0, 3))
     def retire(self, version: int, rounds: int) -> None:
-        self.do(lambda: self.manager.retire(self.versions[version].model))
-        self.go_on(rounds)
+        async def within_the_loop() -> None:
+            self.manager.retire(self.versions[version].model)
+            await spin(rounds)
+
+        self.loop.run_until_complete(within_the_loop())
 
     @rule(seconds=st.floats(0.1, 5.0))
     def pass_time(self, seconds: float) -> None:
