@@ -136,8 +136,11 @@ class Admin:
         """Take an adapter that somebody sends, and make it the live version of `name`."""
         if findings := judge_name(name, self._live.rules.base_names):
             raise AdapterRefused(ascii_shown(name), findings)
-        self._catalog.incoming.mkdir(parents=True, exist_ok=True)
-        folder = Path(tempfile.mkdtemp(dir=self._catalog.incoming))
+        try:
+            self._catalog.incoming.mkdir(parents=True, exist_ok=True)
+            folder = Path(tempfile.mkdtemp(dir=self._catalog.incoming))
+        except OSError as error:
+            raise StoreFailed(name, error) from error
         try:
             unpacker = Unpacker(folder, _MAX_ARCHIVE_BYTES)
             async for piece in archive:
@@ -165,6 +168,7 @@ class Admin:
             version = version if origin is None else replace(version, source=origin)
             served = self._live.served(source.name, version)
             await self._manager.prove(served)
+            self._live.note_success(served)
             try:
                 await self._in_thread(lambda: self._catalog.publish(source.name, version, replaces))
             except BaseException:
@@ -172,8 +176,8 @@ class Admin:
                 raise
         finally:
             admitted.version.release()
+            await self._in_thread(self._catalog.collect)
         self._live.refresh()
-        await self._in_thread(self._catalog.collect)
         return self._view(self._catalog.entry(source.name))
 
     async def rollback(self, name: str, to: str | None) -> dict[str, Any]:

@@ -33,6 +33,7 @@ _UNKNOWN_KEPT = 1024
 
 @dataclass(frozen=True)
 class _Unservable:
+    version: Version
     findings: tuple[Finding, ...]
     until: float | None = None  # by the clock; None: as long as the version is in the catalog
 
@@ -96,9 +97,9 @@ class LiveAdapters:
         if model in self.rules.base_names:
             return None
         self.refresh()
-        if (known := self._unknown.get(model)) is not None:
-            raise replace(known)  # one that is raised collects what it passes through
         name, separator, digest = model.partition("@")
+        if (known := self._unknown.get(model)) is not None and name not in self.pending():
+            raise replace(known)  # one that is raised collects what it passes through
         try:
             entry = self._entry(name, model)
             version = self._pinned(entry, digest) if separator else self._split(entry, user)
@@ -128,6 +129,12 @@ class LiveAdapters:
         """The engine could not load this version; requests hear so for a while, before it is tried again."""
         rule, fix = f"could not be loaded by the engine ({reason})", "Publish another version."
         self._fail(version.name, version.version, Finding("load_failed", version.model, rule, fix))
+
+    def note_success(self, version: ServedVersion) -> None:
+        """The engine has loaded this version, whatever was noted of it before."""
+        key = (version.name, version.version.digest)
+        if isinstance(self._served.get(key), _Unservable):
+            del self._served[key]
 
     def _entries(self) -> list[Entry]:
         return [] if self.catalog is None else self.catalog.entries()
@@ -189,11 +196,11 @@ class LiveAdapters:
         return served
 
     def _look(self, name: str, version: Version) -> ServedVersion | _Unservable:
-        """What became of judging a version, which is done once."""
+        """What became of judging a version, which is done once for each time that it was published."""
         key = (name, version.digest)
         known = self._served.get(key)
         expired = isinstance(known, _Unservable) and known.until is not None and known.until < self._clock()
-        if known is None or expired:
+        if known is None or expired or known.version != version:
             known = self._served[key] = self._judge(name, version)
         return known
 
@@ -201,14 +208,14 @@ class LiveAdapters:
         assert self.catalog is not None
         findings = judge_published(name, version, self.catalog, self.rules)
         if refused(findings):
-            return _Unservable(tuple(findings))
+            return _Unservable(version, tuple(findings))
         try:
             return self.served(name, version)
         except VllmLoraError as error:
             return self._fail(name, version, Finding("version_damaged", error.item, error.rule, error.fix))
 
     def _fail(self, name: str, version: Version, finding: Finding) -> _Unservable:
-        failure = _Unservable((finding,), self._clock() + _RETRY_FAILED_S)
+        failure = _Unservable(version, (finding,), self._clock() + _RETRY_FAILED_S)
         self._served[name, version.digest] = failure
         return failure
 

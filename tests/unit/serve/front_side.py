@@ -160,6 +160,7 @@ class Shop:
         self.catalog = Catalog(state_dir)
         self.make_adapter = make_adapter
         self.pending: dict[str, str] = {}
+        self._made = 0
         self.now = 1000.0
         self.engine = FakeEngine()
         self.live = LiveAdapters(
@@ -174,8 +175,8 @@ class Shop:
 
     def folder(self, alpha: float, **files: str) -> Path:
         """An adapter's folder; its content follows from `alpha` and the further files."""
-        name = f"alpha-{alpha}-{'-'.join(files)}"
-        folder = self.make_adapter(name, lora_alpha=alpha)
+        self._made += 1
+        folder = self.make_adapter(f"made-{self._made}", lora_alpha=alpha)
         for file, text in files.items():
             (folder / file.replace("__", ".")).write_text(text)
         return folder
