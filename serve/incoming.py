@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable, Mapping
 from typing import Any, NoReturn
 
@@ -22,7 +23,7 @@ def read_body(raw: bytes) -> dict[str, Any]:
     """
     try:
         text = raw.decode("utf-8")
-        body = json.loads(text, parse_constant=_no_number, parse_int=_whole_number)
+        body = json.loads(text, parse_constant=_no_number, parse_int=_whole_number, parse_float=_number)
         if "\\u" in text:  # half a character, which no tokenizer takes
             json.dumps(body, ensure_ascii=False).encode()
     except UnicodeEncodeError:
@@ -50,6 +51,13 @@ def _whole_number(text: str) -> int:
     if len(text) > _MOST_DIGITS:
         raise ValueError(f"a number of {len(text)} digits")
     return int(text)
+
+
+def _number(text: str) -> float:
+    value = float(text)
+    if math.isinf(value):  # in JSON there is no way to write it down again
+        raise ValueError(f"{text[:20]} is too large a number")
+    return value
 
 
 def user_of(body: Mapping[str, Any]) -> str | None:
