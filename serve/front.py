@@ -8,12 +8,14 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import Awaitable, Callable, Collection, MutableMapping
+from collections import Counter
+from collections.abc import Awaitable, Callable, Collection, Iterator, MutableMapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 from serve.admin import Admin
-from serve.gate import QueueFull
+from serve.gate import Adapter, QueueFull
 from serve.incoming import read_body, refuse_templates, user_of, with_chat_settings
 from serve.keys import Keys
 from serve.live import LiveAdapters
@@ -60,6 +62,8 @@ class Front:
 
     def __init__(self, app: App, desk: Desk) -> None:
         self._app, self._desk = app, desk
+        self._accepted: Counter[Adapter] = Counter()  # requests that have not ended
+        self._accepted_in_all = 0
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """One connection's request."""
@@ -74,6 +78,8 @@ class Front:
         except _Refused as refusal:
             self._desk.metrics.refused(refusal.error.code)
             await send_error(send, refusal.error)
+        except _Left:
+            pass
 
     async def _answer(self, scope: Scope, receive: Receive, send: Send) -> None:
         method, path = scope["method"], scope["path"].removeprefix(scope.get("root_path", ""))
@@ -96,20 +102,36 @@ class Front:
             body = read_body(raw)
             refuse_templates(body)
             if live is None or manager is None:
-                raise ApiError(503, "The server is starting.", "starting", "server_error")
+                headers = {"Retry-After": "1"}
+                raise ApiError(503, "The server is starting.", "starting", "server_error", None, headers)
             version = await self._resolve(live, body)
-            accept(live, manager, version)
+            model = None if version is None else version.model
+            accept(live, manager, version, self._accepted[model], self._accepted_in_all)
         except ApiError as error:
             raise _Refused(error) from None
-        if version is None:
-            await self._app(scope, _replayed(raw, receive), send)
-            return
+        with self._counted(model):
+            if version is None:
+                await self._app(scope, _replayed(raw, receive), send)
+                return
+            try:
+                body = with_chat_settings(path, body, version.chat, version.template)
+                raw = json.dumps({**body, "model": version.model}).encode()
+                scope, send = _with_length(scope, len(raw)), _stamped(send, version)
+                await self._app(scope, _replayed(raw, receive), send)
+            finally:
+                self._let_go(manager, version, bool(body.get("background")))
+
+    @contextmanager
+    def _counted(self, model: Adapter) -> Iterator[None]:
+        self._accepted[model] += 1
+        self._accepted_in_all += 1
         try:
-            body = with_chat_settings(path, body, version.chat, version.template)
-            raw = json.dumps({**body, "model": version.model}).encode()
-            await self._app(_with_length(scope, len(raw)), _replayed(raw, receive), _stamped(send, version))
+            yield
         finally:
-            self._let_go(manager, version, body.get("background") is True)
+            self._accepted_in_all -= 1
+            self._accepted[model] -= 1
+            if not self._accepted[model]:
+                del self._accepted[model]
 
     async def _resolve(self, live: LiveAdapters, body: dict[str, Any]) -> ServedVersion | None:
         model, user = body.get("model"), user_of(body)
@@ -142,14 +164,21 @@ class Front:
             task.add_done_callback(ended)
 
 
-def accept(live: LiveAdapters, manager: Manager, version: ServedVersion | None) -> None:
-    """Take a request on: from here it ends exactly once, by this version.
+def accept(
+    live: LiveAdapters,
+    manager: Manager,
+    version: ServedVersion | None,
+    accepted: int = 0,
+    accepted_in_all: int = 0,
+) -> None:
+    """Take a request on: from here it ends exactly once, by this version. For the counts see `Gate.check`.
 
     Raises:
         ApiError: 429, too many wait; 500, the store has lost the version.
     """
     try:
-        manager.gate.check(None if version is None else version.model)
+        model = None if version is None else version.model
+        manager.gate.check(model, accepted, accepted_in_all)
         if version is not None:
             manager.hold(version)
     except QueueFull as full:
@@ -159,6 +188,10 @@ def accept(live: LiveAdapters, manager: Manager, version: ServedVersion | None) 
         assert version is not None
         live.note_failure(version, str(error))
         raise ApiError(500, str(error), "adapter_failed", "server_error", "model") from None
+
+
+class _Left(Exception):
+    """Nobody is there to be answered."""
 
 
 class _Refused(Exception):
@@ -172,6 +205,7 @@ async def read_all(scope: Scope, receive: Receive) -> bytes:
 
     Raises:
         _Refused: 413, it is too large; 408, it does not come.
+        _Left: the client has gone.
     """
     pieces, size = [], 0
     try:
@@ -179,7 +213,7 @@ async def read_all(scope: Scope, receive: Receive) -> bytes:
             while True:
                 message = await receive()
                 if message["type"] == "http.disconnect":
-                    raise asyncio.CancelledError
+                    raise _Left
                 pieces.append(message.get("body", b""))
                 size += len(pieces[-1])
                 if size > _MAX_BODY_BYTES:

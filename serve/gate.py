@@ -102,16 +102,21 @@ class Gate:
 
     # What happens.
 
-    def check(self, adapter: Adapter) -> None:
+    def check(self, adapter: Adapter, accepted: int = 0, accepted_in_all: int = 0) -> None:
         """Whether one more request of this adapter may wait.
+
+        `accepted` are its requests that have not ended, and those of all. They need not be here yet: while
+        the first of a burst is made ready, all the others come.
 
         Raises:
             QueueFull: too many wait already.
         """
-        if self.counts(adapter)[1] >= self.limits.queue_per_adapter:
-            raise QueueFull("this model", self.limits.queue_per_adapter, self._retry_after())
-        if self.waiting >= self.limits.queue_total:
-            raise QueueFull("this server", self.limits.queue_total, self._retry_after())
+        limits = self.limits
+        waiting = max(self.counts(adapter)[1], accepted - limits.running)
+        if waiting >= limits.queue_per_adapter:
+            raise QueueFull("this model", limits.queue_per_adapter, self._retry_after())
+        if max(self.waiting, accepted_in_all - limits.running) >= limits.queue_total:
+            raise QueueFull("this server", limits.queue_total, self._retry_after())
 
     def arrive(self, adapter: Adapter, ticket: int, now: float) -> list[Command]:
         """A request is there."""
