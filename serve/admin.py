@@ -204,7 +204,7 @@ class Admin:
         """As vLLM's `/v1/load_lora_adapter`: publish what lies at `path`, within the adapters folder."""
         if findings := judge_name(name, self._live.rules.base_names):
             raise AdapterRefused(ascii_shown(name), findings)
-        real = Path(os.path.realpath(path))
+        real = Path(os.path.realpath(path.replace("\0", "")))  # with that sign no path can be asked for
         if not any(real != root and real.is_relative_to(root) for root in self._roots):
             rule = "is not within the adapters folder of this server"
             raise BadSetting("lora_path", rule, "Put the adapter there, or send it: `vllm-lora publish DIR`.")

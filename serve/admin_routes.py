@@ -19,6 +19,7 @@ from vllm_lora_ext.errors import (
     AdapterRefused,
     AdapterUnknown,
     BadInput,
+    StateLocked,
     StoreFailed,
     VllmLoraError,
 )
@@ -91,7 +92,7 @@ def _attach_adapters(app: "FastAPI", desk: Desk) -> None:
         async def work() -> Any:
             replaces = request.query_params.get("replace", "false") in ("true", "1")
             stated = request.headers.get(CHAT_HEADER)
-            chat = ChatOverride.from_json(read_body(stated.encode())) if stated else ChatOverride()
+            chat = ChatOverride.from_json(read_body(stated.encode("latin-1"))) if stated else ChatOverride()
             return await _admin(desk).publish(name, request.stream(), replaces, chat)
 
         return await _answer(work)
@@ -135,7 +136,8 @@ def models(live: LiveAdapters, desk: Desk) -> dict[str, Any]:
 
 def one_model(live: LiveAdapters, desk: Desk, model: str) -> dict[str, Any]:
     """OpenAI's model object. Raises ApiError for one that is not served."""
-    version = live.resolve(unquote(model) if "%" in model else model)
+    model = unquote(model)
+    version = live.resolve(model)
     return _card(live, desk, model, None if version is None else version.version.short)
 
 
@@ -162,11 +164,14 @@ async def _answer(work: _Handler, as_vllm: bool = False) -> "Response":
 
     vLLM's own routes answer in plain text, and every error of the client's with 400 or 404.
     """
+    from starlette.requests import ClientDisconnect
     from starlette.responses import JSONResponse, PlainTextResponse
 
     try:
         body = await work()
         return PlainTextResponse(body) if isinstance(body, str) else JSONResponse(body)
+    except ClientDisconnect:  # nobody reads this
+        return PlainTextResponse("", status_code=499)
     except ApiError as error:
         failure, findings = error, None
     except VllmLoraError as error:
@@ -194,6 +199,8 @@ def api_error(error: VllmLoraError) -> ApiError:
         return ApiError(404, str(error), "adapter_unknown")
     if isinstance(error, StoreFailed):
         return ApiError(507, f"It could not be stored: {error.rule}.", "store_failed", "server_error")
+    if isinstance(error, StateLocked):  # it names the folder
+        return ApiError(503, f"The state folder {error.rule}.", "state_locked", "server_error")
     if isinstance(error, BadInput):
         return ApiError(400, str(error), "invalid_value")
     return ApiError(500, str(error), "adapter_failed", "server_error")
