@@ -91,6 +91,10 @@ class Admin:
             rows.setdefault(name, unpublished_view(name, "loading", [_note("adapter_loading", name, why)]))
         return {"object": "list", "data": [rows[name] for name in sorted(rows)]}
 
+    def has(self, name: str) -> bool:
+        """Whether there is an adapter of that name."""
+        return name in self._catalog.names()
+
     def get(self, name: str) -> dict[str, Any]:
         """One name with its versions, what happened to it, and how it wants to be asked."""
         if name not in self._catalog.names():
