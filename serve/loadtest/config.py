@@ -55,6 +55,7 @@ class LoadTestConfig:
     victim_rounds: int
     victim_window_s: float
     victim_load: tuple[Path, ...]
+    victim_publish: tuple[Path, ...]
     sweep: Sweep | None
     output: Path | None
     overwrite: bool
@@ -126,6 +127,7 @@ def read_config(argv: Sequence[str]) -> LoadTestConfig | Comparison:
         victim_rounds=args.victim_rounds,
         victim_window_s=args.victim_window,
         victim_load=tuple(args.victim_load or ()),
+        victim_publish=tuple(args.victim_publish or ()),
         sweep=sweep,
         output=args.output,
         overwrite=args.overwrite,
@@ -155,7 +157,7 @@ _LOAD = {
     "lora_zipf_alpha", "lora_weights", "base_share", "check", "check_prompts", "check_max_gap", "goodput",
     "prometheus", "sweep", "client_processes", "lora_slots",
 }  # fmt: skip
-_VICTIM = {"victim_streams", "victim_rounds", "victim_window", "victim_load"}
+_VICTIM = {"victim_streams", "victim_rounds", "victim_window", "victim_load", "victim_publish"}
 _OUTPUT = {"output", "overwrite", "json"}
 
 

@@ -185,6 +185,11 @@ def _add_question_flags(group: argparse._ArgumentGroup) -> None:
         help="load and unload these folders by vLLM's API; default: ask all other adapters in turn",
     )  # fmt: skip
     group.add_argument(
+        "--victim-publish", nargs="+", type=Path, metavar="DIR",
+        help="publish these folders in turn as versions of one name: what a swap costs the others "
+        "(with the admin key in VLLM_LORA_ADMIN_KEY)",
+    )  # fmt: skip
+    group.add_argument(
         "--sweep", metavar="WHAT=A,B,...",
         help="a run each for adapters=1,8,64, rate=1,2,4 or concurrency=1,8,64, and the point of saturation",
     )  # fmt: skip

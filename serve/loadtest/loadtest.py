@@ -41,7 +41,15 @@ from serve.loadtest.server_facts import (
 )
 from serve.loadtest.stats import figures_of
 from serve.loadtest.sweep import Point, Saturation, keeping_up, run_sweep
-from serve.loadtest.victim import AskOthers, Disturbance, LoadOthers, VictimPlan, VictimReport, run_victim
+from serve.loadtest.victim import (
+    AskOthers,
+    Disturbance,
+    LoadOthers,
+    PublishOthers,
+    VictimPlan,
+    VictimReport,
+    run_victim,
+)
 from serve.loadtest.workload import Prompt, TokenScale, Workload
 from serve.machine import describe_machine
 from vllm_lora_ext.errors import AdapterUnknown, BadSetting, VllmLoraError
@@ -333,8 +341,10 @@ class LoadTest:
         disturbance: Disturbance
         if config.victim_load:
             disturbance = LoadOthers(config.url, config.victim_load)
+        elif config.victim_publish:
+            disturbance = PublishOthers(config.url, config.victim_publish)
         elif len(others) < 2:
-            fix = "Serve more adapters, or name folders with --victim-load."
+            fix = "Serve more adapters, or name folders with --victim-load or --victim-publish."
             raise BadSetting("--victim", f"needs two other adapters, {len(others)} are served", fix)
         else:
             disturbance = AskOthers(others)

@@ -1,15 +1,18 @@
 """What one adapter's streams feel while others are loaded and evicted.
 
 Quiet and disturbed windows take turns. In a disturbed one the others are asked for one token each, in
-turn, or loaded and unloaded by vLLM's API; in a quiet one the victim is asked for one token as often,
-so that what differs is the loading and not the asking.
+turn, or loaded and unloaded by vLLM's API, or published as versions of one name; in a quiet one the victim
+is asked for one token as often, so that what differs is the loading and not the asking.
 """
 
 from __future__ import annotations
 
 import asyncio
+import atexit
+import contextlib
 import itertools
 import math
+import os
 import time
 import uuid
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -20,13 +23,16 @@ from typing import Any, Protocol
 import httpx2
 import openai
 
+from serve.admin_client import ServerAdapters
 from serve.client import uses_proxy
 from serve.loadtest.client import Exchange, load_client
 from serve.loadtest.intervals import Ratio, percentile_ratio
 from serve.loadtest.records import INTERRUPTED, RequestRecord
 from serve.loadtest.stats import percentile
 from serve.loadtest.workload import PlannedRequest
-from vllm_lora_ext.errors import ServerFailed
+from vllm_lora_ext.chat_override import AS_IT_IS
+from vllm_lora_ext.errors import ServerFailed, VllmLoraError
+from vllm_lora_ext.sources import AdapterSource
 
 _LOAD_TIMEOUT_S = 600.0
 _PACE_S = 0.25  # between two disturbances
@@ -130,6 +136,30 @@ class LoadOthers:
             raise ServerFailed(f"/v1/{what}", "is not there", fix)
         if answer.status_code != httpx2.codes.OK:
             raise ServerFailed(f"/v1/{what}", f"answers HTTP {answer.status_code}: {answer.text[:200]}")
+
+
+class PublishOthers:
+    """Publishes folders in turn as versions of one name, and asks each for one token: a swap each time."""
+
+    def __init__(self, url: str, folders: Sequence[Path]) -> None:
+        self.how = f"{_counted(len(folders), 'folder')} published in turn as versions of one name"
+        self._adapters = ServerAdapters(url, os.environ.get("VLLM_LORA_ADMIN_KEY"))
+        self._name = f"loadtest-{uuid.uuid4().hex[:12]}"
+        self._turn = itertools.cycle(folders)
+        atexit.register(self._remove)
+
+    async def __call__(self, client: openai.AsyncOpenAI) -> None:
+        """Publish and ask the next one."""
+        source = AdapterSource(self._name, str(next(self._turn).resolve()))
+        try:
+            await asyncio.to_thread(self._adapters.publish, source, True, AS_IT_IS)
+        except VllmLoraError as error:
+            raise ServerFailed(str(source.path), f"cannot be published: {error}") from error
+        await ask_one_token(client, self._name)
+
+    def _remove(self) -> None:
+        with contextlib.suppress(VllmLoraError):
+            self._adapters.remove([self._name])
 
 
 async def ask_one_token(client: openai.AsyncOpenAI, model: str) -> None:

@@ -151,7 +151,7 @@ def test_s1_the_load_test_tells_a_server_that_mixes_identities_from_one_that_doe
 def test_a_victim_s_streams_are_measured_while_others_are_loaded_and_unloaded(
     servers: Start, places: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    flags = ["--victim", "inside", "--victim-load", str(places / "outside" / "secret")]
+    flags = ["--victim", "inside", "--victim-load", str(places / "served" / "inside")]
     flags += ["--victim-rounds", "2", "--victim-window", "1.5", "--victim-streams", "2"]
     assert main(["loadtest", "--url", servers("ours").url, "--models", "inside", *flags]) == 0
     assert "1 folder loaded and unloaded in turn" in capsys.readouterr().out

@@ -63,6 +63,7 @@ def test_a_comparison_measures_nothing() -> None:
         "--victim x --check",
         "--victim x --request-rate 2",
         "--victim-load dir",
+        "--victim-publish dir",
         "--check-max-gap 1",
         "--check --check-prompts 20",
         "--check --input-len 64",
