@@ -229,6 +229,9 @@ def admit_fleet(
     inbox = Inbox(catalog, rules, config.chat)
     items = inbox.scan(sources, retire=bool(config.adapters or config.modules))
     catalog.note_base(base.name, base.fingerprint)
+    if unknown := set(config.chat) - {source.name for source in sources}:
+        listed = ", ".join(sorted(unknown))
+        screen().print(f"warning: --prompt-template for {listed}: there is no adapter of that name yet")
     served = set(catalog.names())
     # A name is served in one version from the start, so what changes one is taken now.
     now = [item for item in items if config.strict or item.source.name in served]
