@@ -1,7 +1,7 @@
 # The commands that people and CI use; each sets the project up first (once).
 PYTHON_BIN := .venv/bin/python
 
-.PHONY: setup demo test test-stock test-gpu exactness fuzz fuzz-parsers bench bench-client bench-engine unit check check-symbols format clean
+.PHONY: setup demo test test-stock test-gpu exactness history fuzz fuzz-parsers bench bench-client bench-engine unit check check-symbols format clean
 
 setup: ## make .venv and install what this machine needs; a second run does nothing
 	@deploy/setup.sh
@@ -20,6 +20,9 @@ test-gpu: setup ## what must hold on a GPU; skipped with the reason where there 
 
 exactness: setup ## 2,000 comparisons in each dtype: no row feels its neighbours' adapters
 	EXACTNESS_COMPARISONS=2000 $(PYTHON_BIN) -m pytest --timeout 3600 -rP tests/engine/test_exactness.py
+
+history: setup ## 5,000 requests while 50 adapters are changed and the server is killed: none gets what it should not
+	HISTORY_REQUESTS=5000 $(PYTHON_BIN) -m pytest --timeout 3600 -s tests/history
 
 fuzz: setup ## 10,000 generated adapters and headers for each property; about half an hour
 	FUZZ_EXAMPLES=10000 $(PYTHON_BIN) -m pytest tests/fuzz

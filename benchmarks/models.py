@@ -38,6 +38,7 @@ class Shape:
 SHAPES = {
     "qwen2-0.5b": Shape(24, 896, 4864, 14, 2, 151_936),
     "tiny": Shape(2, 128, 256, 4, 2, 512),  # heads of 32: the smallest that vLLM serves on the CPU
+    "many-words": Shape(2, 128, 256, 4, 2, 4096),  # as tiny, with words for two thousand markers
 }
 
 
