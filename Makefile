@@ -1,7 +1,7 @@
 # The commands that people and CI use; each sets the project up first (once).
 PYTHON_BIN := .venv/bin/python
 
-.PHONY: setup demo test test-stock test-gpu exactness history fuzz fuzz-parsers bench bench-client bench-engine unit check check-symbols format clean
+.PHONY: setup demo test test-stock test-gpu exactness history fuzz fuzz-parsers bench bench-client bench-engine bench-live unit check check-symbols format clean
 
 setup: ## make .venv and install what this machine needs; a second run does nothing
 	@deploy/setup.sh
@@ -42,6 +42,10 @@ bench-engine: setup ## what LoRA costs, how much a load disturbs, how fast adapt
 	$(PYTHON_BIN) -m benchmarks.bench_lora_tax --json-out .cache/benchmarks/lora_tax.json
 	$(PYTHON_BIN) -m benchmarks.bench_load_stall --json-out .cache/benchmarks/load_stall.json
 	$(PYTHON_BIN) -m benchmarks.bench_admission --json-out .cache/benchmarks/admission.json
+
+bench-live: setup ## what the front costs, and a thousand adapters against eight; an hour on an idle machine
+	$(PYTHON_BIN) -m benchmarks.bench_front
+	$(PYTHON_BIN) -m benchmarks.bench_many_adapters
 
 unit: setup ## the fast part: no vLLM
 	$(PYTHON_BIN) -m pytest tests/unit tests/structure

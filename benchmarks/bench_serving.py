@@ -122,13 +122,13 @@ def summary_of(folder: Path) -> dict[str, Any]:
     return {"saturation": body.get("saturation"), "runs": runs, "notes": body["notes"]}
 
 
-def result_name(machine: dict[str, Any]) -> str:
-    """`serving_<hardware>_<date>`."""
+def result_name(machine: dict[str, Any], theme: str = "serving") -> str:
+    """`<theme>_<hardware>_<date>`."""
     info = Path("/proc/cpuinfo")
     model = re.search(r"^model name\s*:\s*(.*)$", info.read_text() if info.is_file() else "", re.MULTILINE)
     words = re.findall(r"epyc|xeon|ryzen|core|neoverse|graviton", (model[1] if model else "").lower())
     hardware = words[0] if words else machine["machine"]
-    return f"serving_{hardware}-{machine['cores']}-cores_{datetime.now(UTC):%Y-%m-%d}"
+    return f"{theme}_{hardware}-{machine['cores']}-cores_{datetime.now(UTC):%Y-%m-%d}"
 
 
 def main(argv: Sequence[str]) -> None:
