@@ -17,6 +17,7 @@ from serve import front as front_module
 from serve.front import Desk, Front
 from serve.gate import Limits
 from serve.keys import Keys
+from serve.manager import AdapterFailed
 from serve.metrics import Metrics
 from serve.routes import Routes
 from tests.unit.serve.front_side import Answer, Shop, ask, nothing_is_held, spin
@@ -377,6 +378,46 @@ def test_a_version_that_vanishes_from_the_store_is_told(stand: Stand) -> None:
         answer = await stand.post({"model": "a"})
         assert answer.status >= 400
         assert str(stand.shop.catalog.state_dir) not in answer.error["message"]
+        assert nothing_is_held(stand.shop.manager)
+
+    asyncio.run(work())
+
+
+def test_a_load_that_fails_ends_its_requests_and_is_tried_again_after_a_while(stand: Stand) -> None:
+    async def work() -> None:
+        shop, engine = stand.shop, stand.shop.engine
+        model = f"a@{shop.publish('a').live[:12]}"
+        engine.failing[model] = "no room"
+        first = [stand.post({"model": "a"}) for _ in range(5)]
+        for outcome in await asyncio.gather(*first, return_exceptions=True):
+            assert isinstance(outcome, AdapterFailed)
+        answer = await stand.post({"model": "a"})
+        assert (answer.status, answer.error["code"]) == (404, "model_not_found")
+        assert "no room" in answer.error["message"]
+        assert engine.loads == [model], "nobody tried it again"
+        engine.failing.clear()
+        shop.now += 31.0
+        assert (await stand.post({"model": "a"})).status == 200
+        assert engine.loads == [model, model]
+        assert nothing_is_held(shop.manager)
+
+    asyncio.run(work())
+
+
+def test_many_adapters_at_once_are_served_or_told_to_come_back(stand: Stand) -> None:
+    """R19: each waits for a slot, and no more of them than the queue holds."""
+
+    async def work() -> None:
+        entry = stand.shop.publish("a-0")
+        with stand.shop.catalog.together():
+            for number in range(1, 60):
+                stand.shop.catalog.publish(f"a-{number}", entry.live_version)
+        answers = await asyncio.gather(*(stand.post({"model": f"a-{number}"}) for number in range(60)))
+        statuses = [answer.status for answer in answers]
+        limits = stand.shop.manager.gate.limits
+        assert statuses.count(200) >= limits.queue_total and set(statuses) <= {200, 429}
+        assert all("retry-after" in answer.headers for answer in answers if answer.status == 429)
+        assert len(stand.shop.engine.memory) <= limits.cached
         assert nothing_is_held(stand.shop.manager)
 
     asyncio.run(work())
