@@ -39,6 +39,9 @@ class AdapterEngine(Protocol):
     async def load(self, version: ServedVersion) -> Any:
         """Bring it into memory; its handle. Raises whatever stands against it."""
 
+    async def place(self, handle: Any) -> None:
+        """Its first request is about to come: give it a slot, in pieces that hold up nobody."""
+
     async def unload(self, handle: Any) -> None:
         """Take it out of memory."""
 
@@ -139,7 +142,10 @@ class Manager:
             await start
             if counts:
                 self._note_use(model)
-            yield self._handles[model] if model is not None else None
+            handle = self._handles[model] if model is not None else None
+            if self.gate.counts(model)[0] == 1 and handle is not None:
+                await self._engine.place(handle)
+            yield handle
         finally:
             if self._starts.pop(number, None) is not None:
                 self._do(self.gate.leave(model, number, self._clock()))

@@ -34,8 +34,11 @@ class VllmEngine:
     """
 
     def __init__(self, client: AsyncLLM, models: OpenAIServingModels) -> None:
+        from vllm.platforms import current_platform
+
         self._client, self._models = client, models
         self.templates: dict[str, str] = {}
+        self._slots_are_pointers = current_platform.is_cpu()
         self.resolvers, models.lora_resolvers = list(models.lora_resolvers), []
         models.load_lora_adapter = models.unload_lora_adapter = _closed  # another way in, for closed routes
 
@@ -65,6 +68,13 @@ class VllmEngine:
             reason = str(error).replace(request.lora_path, "its folder") or type(error).__name__
             raise RuntimeError(reason) from error
         return request
+
+    async def place(self, handle: LoRARequest) -> None:
+        """Copy it into a slot, between steps; on the CPU slots are pointers, which the step itself sets."""
+        if not self._slots_are_pointers:
+            from vllm_lora_ext.engine.calls import place_adapter
+
+            await place_adapter(self._client, handle)
 
     async def unload(self, handle: LoRARequest) -> None:
         """Take it out of memory."""

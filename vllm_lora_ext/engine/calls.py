@@ -174,3 +174,14 @@ async def add_lora_staged(engine: AsyncLLM, lora_request: LoRARequest, activate:
         await asyncio.shield(call_workers(engine, forget_adapter, adapter_id))
         raise
     return True
+
+
+async def place_adapter(engine: AsyncLLM, lora_request: LoRARequest) -> None:
+    """Copy an adapter that is in memory into a slot, in slices between steps.
+
+    Raises:
+        Exception: it could not be; nothing of it is left.
+    """
+    fields = {name: getattr(lora_request, name) for name in lora_request.__struct_fields__}
+    while not all(await call_workers(engine, insert_adapter, fields)):
+        pass

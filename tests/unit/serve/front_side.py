@@ -70,6 +70,9 @@ class FakeEngine:
         self.memory[handle] = model
         return handle
 
+    async def place(self, handle: int) -> None:
+        """It has slots enough."""
+
     async def unload(self, handle: int) -> None:
         self.unloads.append(self.memory.pop(handle))
 
