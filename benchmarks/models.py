@@ -69,16 +69,23 @@ def rank_of_size(base: Path, size_bytes: int, max_rank: int) -> int:
 
 
 def add_tokenizer(base: Path) -> None:
-    """Give `base` a tokenizer of one word per id, without which vLLM's HTTP server does not stream."""
+    """Give `base` a tokenizer without which vLLM's HTTP server does not stream: a text for every id.
+
+    It reads bytes, and is of Qwen2's kind, since transformers reads that of every Qwen2 as such.
+    """
     if (base / "tokenizer.json").exists():
         return
-    from tokenizers import Tokenizer, models, pre_tokenizers
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
     size = json.loads((base / "config.json").read_text())["vocab_size"]
-    tokenizer = Tokenizer(models.WordLevel({f"w{i}": i for i in range(size)}, unk_token="w0"))
-    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="w0").save_pretrained(base)
+    signs = sorted(pre_tokenizers.ByteLevel.alphabet())
+    words = [*signs, *(f"w{number}" for number in range(len(signs), size))]
+    vocabulary = {word: number for number, word in enumerate(words)}
+    tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer).save_pretrained(base)
 
 
 def _make_once(folder: Path, recipe: dict[str, object], write: Callable[[Path], None]) -> Path:
