@@ -21,7 +21,7 @@ test-gpu: setup ## what must hold on a GPU; skipped with the reason where there 
 exactness: setup ## 2,000 comparisons in each dtype: no row feels its neighbours' adapters
 	EXACTNESS_COMPARISONS=2000 $(PYTHON_BIN) -m pytest --timeout 3600 -rP tests/engine/test_exactness.py
 
-history: setup ## 5,000 requests while 50 adapters are changed and the server is killed: none gets what it should not
+history: setup ## 5,000 requests while 50 adapters change and the server is killed: none gets what it should not
 	HISTORY_REQUESTS=5000 $(PYTHON_BIN) -m pytest --timeout 3600 -s tests/history
 
 fuzz: setup ## 10,000 generated adapters and headers for each property; about half an hour

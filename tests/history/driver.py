@@ -1,4 +1,4 @@
-"""Makes a history: a real server, clients that ask, operators that change names, and a kill in the middle."""
+"""Makes a history: a real server, clients that ask, operators that change names, and kills in between."""
 
 from __future__ import annotations
 
@@ -22,6 +22,7 @@ from tests.history.world import ADAPTERS, Name, World
 
 SLOTS, CACHED = 4, 12
 _ENVIRONMENT = {"HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1"}
+_KILLED_AFTER_S = (0.02, 0.0, 0.1)
 _FIRST_INTAKE_S = 120.0
 _SETTLE_S = 10.0  # for what clients left to leave the engine
 
@@ -34,6 +35,7 @@ class Plan:
     adapters: int
     clients: int = 16
     operators: int = 4
+    kills: int = 1
     pause_s: float = 0.1
     operator_pause_s: float = 0.1
     seed: int = 0
@@ -130,17 +132,17 @@ class Driver:
         self._say(f"{len(self._world.names)} names are there and say their own words")
 
     async def _storm(self) -> None:
-        """Requests and changes, with a kill when half of the requests are out."""
+        """Requests and changes, with kills in between."""
         stop = asyncio.Event()
         operators = [
             asyncio.create_task(operator.run(stop, self._plan.operator_pause_s))
             for operator in self._operators
         ]
         clients = [asyncio.create_task(self._ask(number)) for number in range(self._plan.clients)]
-        while self._left > self._plan.requests // 2:
-            await asyncio.sleep(0.05)
-        self._say("half of the requests are out: kill -9")
-        await self._kill()
+        for number in range(1, self._plan.kills + 1):
+            while self._left > self._plan.requests * (1 - number / (self._plan.kills + 1)):
+                await asyncio.sleep(0.05)
+            await self._kill(_KILLED_AFTER_S[number % len(_KILLED_AFTER_S)])
         await asyncio.gather(*clients)
         self._say("all requests have ended")
         stop.set()
@@ -155,7 +157,12 @@ class Driver:
             await client.ask(client.draw())
             await asyncio.sleep(chance.random() * 2 * self._plan.pause_s)
 
-    async def _kill(self) -> None:
+    async def _kill(self, after_s: float) -> None:
+        """So long after a change began: one that is cut off, or just acknowledged, is the hardest."""
+        self._world.asked.clear()
+        await self._world.asked.wait()
+        await asyncio.sleep(after_s)
+        self._say(f"kill -9, {self._plan.requests - self._left} requests were sent")
         start = now()
         self._world.up.clear()
         os.killpg(self._server.pid, signal.SIGKILL)

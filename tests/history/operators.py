@@ -121,7 +121,7 @@ class Operator:
 
     async def unsplit(self, name: Name) -> None:
         """All of it to the live one."""
-        expected = {"live": name.live, "traffic": {}}
+        expected: State = {"live": name.live, "traffic": {}}
         await self._ask(name, "unsplit", "PUT", "/traffic", expected, 200, json={"traffic": {}})
 
     async def _ask(
@@ -129,6 +129,7 @@ class Operator:
     ) -> bool:
         """Whether it was done, for all that is known now."""
         start = now()
+        self._world.asked.set()
         try:
             answer = await self._world.admin.request(method, f"{ADAPTERS}/{quote(name.name)}{verb}", **sent)
         except httpx2.HTTPError:  # the server is down, and whether it was done shows when it is back

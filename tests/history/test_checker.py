@@ -16,7 +16,7 @@ from tests.history.report import table
 Events = list[dict[str, Any]]
 OLD, NEW, FOREIGN = "a" * 12, "b" * 12, "c" * 12
 WORDS = {OLD: [1, 2], NEW: [3, 4], FOREIGN: [5, 6]}
-GONE = {"live": None, "traffic": {}, "versions": [], "history": []}
+GONE: dict[str, Any] = {"live": None, "traffic": {}, "versions": [], "history": []}
 
 
 def state(live: str, *history: str) -> dict[str, Any]:

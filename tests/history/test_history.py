@@ -18,7 +18,7 @@ pytest.importorskip("vllm", reason="vLLM is not installed: real-engine tests nee
 REQUESTS = int(os.environ.get("HISTORY_REQUESTS", "300"))
 SEED = int(os.environ.get("HISTORY_SEED", "0"))
 PLAN = (
-    Plan(REQUESTS, adapters=50, pause_s=0.3, seed=SEED)
+    Plan(REQUESTS, adapters=50, kills=3, seed=SEED)
     if REQUESTS >= 1000
     else Plan(REQUESTS, adapters=12, clients=8, pause_s=0.5, seed=SEED)
 )

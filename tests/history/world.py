@@ -42,11 +42,12 @@ class Name:
 
 
 class World:
-    """`up` is set while the server is to be asked."""
+    """`up` is set while the server is to be asked, `asked` whenever a change by HTTP begins."""
 
     def __init__(self, recorder: Recorder, names: list[Name]) -> None:
         self.recorder, self.names = recorder, names
         self.up = asyncio.Event()
+        self.asked = asyncio.Event()
         self.openai: Any = None
         self.admin: httpx2.AsyncClient
         self._all: list[Any] = []
