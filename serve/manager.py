@@ -87,6 +87,7 @@ class Manager:
         self._clock = clock
         self._leases: dict[str, _Lease] = {}
         self._handles: dict[str, Any] = {}
+        self._placing: dict[str, asyncio.Future[None]] = {}  # of those with requests in the engine
         self._uses: dict[str, Use] = {}
         self._starts: dict[int, asyncio.Future[None]] = {}  # of requests that wait
         self._numbers = itertools.count(1)
@@ -142,17 +143,30 @@ class Manager:
             await start
             if counts:
                 self._note_use(model)
-            handle = self._handles[model] if model is not None else None
-            if self.gate.counts(model)[0] == 1 and handle is not None:
-                await self._engine.place(handle)
-            yield handle
+            yield None if model is None else await self._placed(model)
         finally:
             if self._starts.pop(number, None) is not None:
                 self._do(self.gate.leave(model, number, self._clock()))
             elif not start.cancelled() and start.exception() is None:
                 self._do(self.gate.finish(model, self._clock()))
             if model is not None:
+                if not self.gate.counts(model)[0] and (placing := self._placing.pop(model, None)):
+                    placing.cancel()
                 self.release(model)
+
+    async def _placed(self, model: str) -> Any:
+        """The handle of a loaded adapter, once it has a slot: the first that start wait for that together."""
+        handle = self._handles[model]
+        if model not in self._placing:
+            self._placing[model] = asyncio.ensure_future(self._engine.place(handle))
+        placing = self._placing[model]
+        try:
+            await asyncio.shield(placing)
+        except Exception as error:
+            if self._placing.get(model) is placing:
+                del self._placing[model]  # for the next to try again
+            raise AdapterFailed(model, str(error)) from error
+        return handle
 
     def _hold_again(self, model: str) -> None:
         if model not in self._leases:

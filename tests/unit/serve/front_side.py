@@ -46,6 +46,11 @@ class FakeEngine:
         self.unloads: list[str] = []
         self.failing: dict[str, str] = {}
         self.held: dict[str, asyncio.Event] = {}
+        self.placing: list[str] = []
+        self.placed: list[str] = []
+        self.unplaceable: set[str] = set()
+        self.slots_free = asyncio.Event()
+        self.slots_free.set()
         self._loading: set[str] = set()
 
     def announce(self, version: ServedVersion) -> None:
@@ -59,6 +64,7 @@ class FakeEngine:
         model = version.model
         assert model not in {*self.memory.values(), *self._loading}, "it is loaded twice"
         self.loads.append(model)
+        handle = len(self.loads)
         self._loading.add(model)
         try:
             await (self.held[model].wait() if model in self.held else asyncio.sleep(0))
@@ -66,12 +72,15 @@ class FakeEngine:
             self._loading.discard(model)
         if model in self.failing:
             raise RuntimeError(self.failing[model])
-        handle = len(self.loads)
         self.memory[handle] = model
         return handle
 
     async def place(self, handle: int) -> None:
-        """It has slots enough."""
+        self.placing.append(self.memory[handle])
+        await self.slots_free.wait()
+        if self.memory[handle] in self.unplaceable:
+            raise RuntimeError("no slot")
+        self.placed.append(self.memory[handle])
 
     async def unload(self, handle: int) -> None:
         self.unloads.append(self.memory.pop(handle))

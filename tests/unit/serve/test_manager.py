@@ -157,6 +157,76 @@ def test_a_client_that_leaves_in_the_very_moment_of_its_start_starts_nothing(man
     run_simulated(work())
 
 
+def test_an_adapter_has_its_slot_before_the_first_requests_of_a_burst(
+    manager: Manager, engine: FakeEngine
+) -> None:
+    async def work() -> None:
+        ends = asyncio.Event()
+        engine.slots_free.clear()
+        inside: list[object] = []
+
+        async def one() -> None:
+            manager.hold(A)
+            try:
+                async with manager.turn(A.model) as handle:
+                    inside.append(handle)
+                    await ends.wait()
+            finally:
+                manager.release(A.model)
+
+        burst = [asyncio.create_task(one()) for _ in range(4)]
+        await spin()
+        assert engine.placing == [A.model] and inside == []
+        await cancelled(burst.pop(0))  # type: ignore[arg-type]
+        assert engine.placing == [A.model] and inside == [], "the others go on waiting for it"
+        late = asyncio.create_task(one())
+        await spin()
+        engine.slots_free.set()
+        await spin()
+        assert engine.placed == [A.model] and len(inside) == 4
+        ends.set()
+        await asyncio.gather(*burst, late)
+        assert await request(manager, A) == 1
+        assert engine.placed == [A.model] * 2, "another may have had the slot meanwhile"
+        assert nothing_is_held(manager)
+
+    run_simulated(work())
+
+
+def test_a_slot_that_could_not_be_given_is_told_to_those_who_waited_for_it(
+    manager: Manager, engine: FakeEngine
+) -> None:
+    async def work() -> None:
+        engine.unplaceable.add(A.model)
+        burst = [asyncio.create_task(request(manager, A)) for _ in range(20)]
+        await spin(5)
+        engine.unplaceable.clear()
+        for outcome in await asyncio.gather(*burst, return_exceptions=True):
+            assert outcome == 1 or isinstance(outcome, AdapterFailed)
+        assert await request(manager, A) == 1
+        assert nothing_is_held(manager)
+
+    run_simulated(work())
+
+
+def test_an_adapter_that_nobody_wants_any_more_is_given_no_slot(manager: Manager, engine: FakeEngine) -> None:
+    async def work() -> None:
+        engine.slots_free.clear()
+        burst = [asyncio.create_task(request(manager, A)) for _ in range(3)]
+        await spin()
+        for task in burst:
+            task.cancel()
+        await asyncio.gather(*burst, return_exceptions=True)
+        manager.retire(A.model)
+        await spin()
+        engine.slots_free.set()
+        await spin()
+        assert engine.placed == [] and engine.memory == {}
+        assert nothing_is_held(manager)
+
+    run_simulated(work())
+
+
 def test_a_client_that_leaves_while_it_runs_frees_its_place(manager: Manager) -> None:
     async def work() -> None:
         task = asyncio.create_task(request(manager, A, asyncio.Event()))
@@ -407,6 +477,15 @@ class AnyTraffic(RuleBasedStateMachine):
     def loads_are_slow(self, version: int) -> None:
         self.engine.held[self.versions[version].model].clear()
 
+    @rule(free=st.booleans(), fails=st.sets(st.integers(0, 2), max_size=1), rounds=st.integers(0, 2))
+    def slots(self, free: bool, fails: set[int], rounds: int) -> None:
+        self.engine.unplaceable = {self.versions[version].model for version in fails}
+        if free:
+            self.engine.slots_free.set()
+        else:
+            self.engine.slots_free.clear()
+        self.go_on(rounds)
+
     @precondition(lambda self: not all(task.done() for task in self.tasks))
     @rule(data=st.data(), leave=st.lists(st.booleans(), min_size=1, max_size=3), rounds=st.integers(0, 4))
     def end(self, data: st.DataObject, leave: list[bool], rounds: int) -> None:
@@ -439,6 +518,8 @@ class AnyTraffic(RuleBasedStateMachine):
         gate, limits = self.manager.gate, self.manager.gate.limits
         assert len(self.engine.memory) <= limits.cached
         assert len(gate.holders()) <= limits.slots
+        running = {model for model in self.engine.announced if gate.counts(model)[0]}
+        assert set(self.manager._placing) <= running <= set(self.engine.memory.values())
         assert self.store.leases == len(self.manager._leases) == len(self.engine.announced)
         assert set(self.engine.announced) == set(self.manager._leases)
 
@@ -448,12 +529,13 @@ class AnyTraffic(RuleBasedStateMachine):
                 held.set()
             for ends in self.ends.values():
                 ends.set()
+            self.engine.slots_free.set()
             outcomes = await asyncio.gather(*self.tasks, return_exceptions=True)
             for outcome in outcomes:
                 assert isinstance(outcome, int | AdapterFailed | asyncio.CancelledError)
             await spin()
             assert nothing_is_held(self.manager)
-            assert not self.manager._tasks
+            assert not self.manager._tasks and not self.manager._placing
             for version in self.versions:
                 self.manager.retire(version.model)
             await spin()
