@@ -25,9 +25,9 @@ RANK, SLOTS = 8, 8
 INPUT_TOKENS, OUTPUT_TOKENS = 64, 32
 TEMPLATE = "{% for message in messages %}{{ message['content'] + ' ' }}{% endfor %}"
 ARMS = ("front", "plain")
-_LEVELS = {  # what is asked: flags of the load test
-    "throughput": ("--max-concurrency", "8", "--num-prompts"),
-    "ttft": ("--max-concurrency", "1", "--num-prompts"),
+_LEVELS = {  # flags of the load test; for TTFT the rest of an answer only takes time
+    "throughput": ("--max-concurrency", "8", "--output-len", str(OUTPUT_TOKENS)),
+    "ttft": ("--max-concurrency", "1", "--output-len", "2"),
 }
 
 
@@ -82,7 +82,7 @@ def compare(
         rows: list[dict[str, dict[str, Any]]] = []
         for number in range(rounds):
             arms = ARMS if number % 2 == 0 else ARMS[::-1]
-            stated = [*flags, str(requests), "--seed", str(number)]
+            stated = [*flags, "--num-prompts", str(requests), "--seed", str(number)]
             rows.append({arm: measure(servers[arm].url, models, stated) for arm in arms})
             print(level, number, rows[-1], file=sys.stderr)
         good = [row for row in rows if not any(row[arm]["client_bound"] for arm in ARMS)]

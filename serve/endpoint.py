@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import atexit
+import itertools
 import logging
 import os
 import shutil
@@ -56,6 +57,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger("vllm.vllm_lora")
 
 _LOOK_EVERY_S = 0.5
+_LOOKS_PER_COLLECT = 60  # half a minute: what a change took out of the store's use is out of the memory then
 
 
 class AdapterEndpoint:
@@ -91,6 +93,10 @@ class AdapterEndpoint:
         metrics = Metrics(self.settings.metrics_max_adapters, base_names=names)
         self.desk = Desk(Routes(self.settings.allow_route), self.settings.keys, metrics, int(time.time()))
         app.add_middleware(Front, desk=self.desk)
+        if not any(getattr(route, "path", "") == "/v1/chat/completions" for route in app.routes):
+            # A pooling model renders chats where we cannot give a default, so the adapter's template goes
+            # into the body. A client's own never gets so far.
+            args.trust_request_chat_template = True
         attach_routes(app, self.desk, lambda: readiness(app.state, self.desk))
 
     async def init_state(self, engine_client: EngineClient | None, state: State, args: Namespace) -> None:
@@ -168,13 +174,17 @@ class AdapterEndpoint:
             raise ServerFailed(", ".join(failed), "could not be loaded", "Start without --strict.")
 
     async def _look(self) -> None:
-        """Now and then: what left the catalog leaves the memory, and the gauges are set."""
-        while True:
+        """Now and then: what left the catalog leaves the memory and then the store, and the gauges are set."""
+        catalog, collected = self._live.catalog, -1
+        for number in itertools.count():
             await asyncio.sleep(_LOOK_EVERY_S)
             try:
                 self._live.refresh()
+                if catalog is not None and number % _LOOKS_PER_COLLECT == 0 and collected != catalog.revision:
+                    collected = catalog.revision
+                    await asyncio.to_thread(catalog.collect)
                 gate, (slots, cached) = self._manager.gate, self._manager.memory()
-                stored = len(self._live.catalog.names()) if self._live.catalog is not None else 0
+                stored = len(catalog.names()) if catalog is not None else 0
                 self.desk.metrics.adapters(slots, cached - slots, max(0, stored - cached))
                 self.desk.metrics.requests(gate.running, gate.waiting)
             except Exception:  # a flaw must not leave the server blind

@@ -58,6 +58,7 @@ class LiveAdapters:
         self._served: dict[tuple[str, str], ServedVersion | _Unservable] = {}
         self._unknown: dict[str, ApiError] = {}
         self._revision = -1
+        self._asked: set[tuple[str, str]] = set()  # name and digest of what answers to a bare name
         self._chance = random.Random()
 
     @property
@@ -78,8 +79,10 @@ class LiveAdapters:
         self._unknown.clear()
         asked = {(entry.name, digest) for entry in self._entries() for digest in {entry.live, *entry.traffic}}
         known = {(entry.name, version.digest) for entry in self._entries() for version in entry.versions}
+        left, self._asked = self._asked - asked, asked
         for key, served in list(self._served.items()):
-            if key not in asked and isinstance(served, ServedVersion):
+            # A version that is asked for by its digest stays as long as it is there.
+            if isinstance(served, ServedVersion) and (key in left or key not in known):
                 self._retired(served.model)
             if key not in known:
                 del self._served[key]
@@ -96,6 +99,9 @@ class LiveAdapters:
             raise ApiError(400, "model: must be a text.", "invalid_value", param="model")
         if model in self.rules.base_names:
             return None
+        if len(model) > _MAX_MODEL_LENGTH:
+            text = f"model: must have at most {_MAX_MODEL_LENGTH} characters."
+            raise ApiError(400, text, "invalid_value", param="model")
         self.refresh()
         name, separator, digest = model.partition("@")
         if (known := self._unknown.get(model)) is not None and name not in self.pending():
@@ -104,7 +110,7 @@ class LiveAdapters:
             entry = self._entry(name, model)
             version = self._pinned(entry, digest) if separator else self._split(entry, user)
         except ApiError as error:
-            if error.status == 404 and len(model) <= _MAX_MODEL_LENGTH:
+            if error.status == 404:
                 self._remember(model, error)
             raise
         return self._servable(entry, version)
@@ -142,7 +148,7 @@ class LiveAdapters:
     def _entry(self, name: str, model: str) -> Entry:
         assert self.rules.base_names
         try:
-            if self.catalog is not None and len(model) <= _MAX_MODEL_LENGTH:
+            if self.catalog is not None:
                 return self.catalog.entry(name)
         except AdapterUnknown:
             pass
@@ -161,9 +167,9 @@ class LiveAdapters:
         return ""
 
     def _not_found(self, model: str, why: str = "") -> ApiError:
-        shown = model if len(model) <= _MAX_MODEL_LENGTH and printable(model) == model else ascii_shown(model)
+        shown = model if printable(model) == model else ascii_shown(model)
         message = f"The model `{shown}` does not exist."
-        if not why and len(model) <= _MAX_MODEL_LENGTH:
+        if not why:
             names = [*self.rules.base_names, *(entry.name for entry in self._entries())]
             near = difflib.get_close_matches(model.partition("@")[0], names, 3)
             why = f"Did you mean {' or '.join(near)}?" if near else ""

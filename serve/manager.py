@@ -1,8 +1,8 @@
 """The manager: the only owner of what is in the engine's memory, and of who may use it.
 
-A request takes a lease on its version when it is accepted, and a turn before it enters the engine. While
-a version is leased the store keeps it; while it has requests in the engine it stays in memory. The
-decisions are the gate's; here are the futures, the timer and the calls of the engine.
+A request takes a lease on its version when it is accepted, and a turn before it enters the engine. While a
+version is leased or in memory the store keeps it; while it has requests in the engine it stays in memory.
+The decisions are the gate's; here are the futures, the timer and the calls of the engine.
 """
 
 from __future__ import annotations
@@ -116,12 +116,17 @@ class Manager:
         """One request less."""
         lease = self._leases[model]
         lease.count -= 1
-        if not lease.count:
+        if not lease.count and lease.retired:  # what was accepted before may have loaded it since
+            self._do(self.gate.retire(model, self._clock()))
+        self._let_go(model)
+
+    def _let_go(self, model: str) -> None:
+        """The store may forget a version that nobody holds and that is not in memory."""
+        lease = self._leases.get(model)
+        if lease is not None and not lease.count and self.gate.state_of(model) == "stored":
             del self._leases[model]
             self._engine.withdraw(lease.version)
             lease.held.close()
-            if lease.retired:  # what was accepted before may have brought it into memory since
-                self._do(self.gate.retire(model, self._clock()))
 
     # Turns.
 
@@ -292,3 +297,4 @@ class Manager:
         except Exception:  # the engine is dead; what remains of it is not ours to tidy
             logger.exception("Adapter %s could not be taken out of memory", model)
         self._do(self.gate.unloaded(model, self._clock()))
+        self._let_go(model)

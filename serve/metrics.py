@@ -88,12 +88,15 @@ class Metrics:
         """A request got its first token, so long after it was accepted."""
         self._of(adapter).first_token.observe(seconds)
 
-    def finished(self, adapter: str, seconds: float, prompt_tokens: int, generation_tokens: int) -> None:
+    def finished(self, adapter: str, seconds: float) -> None:
         """A request ended well, so long after it was accepted."""
+        self._of(adapter).latency.observe(seconds)
+
+    def tokens(self, adapter: str, prompt: int, generation: int) -> None:
+        """What a request took, however it ended."""
         series = self._of(adapter)
-        series.latency.observe(seconds)
-        series.prompt_tokens.inc(prompt_tokens)
-        series.generation_tokens.inc(generation_tokens)
+        series.prompt_tokens.inc(prompt)
+        series.generation_tokens.inc(generation)
 
     def failed(self, adapter: str, code: str) -> None:
         """An accepted request ended with an error."""

@@ -39,6 +39,7 @@ class TurnTaker:
                         async for output in stream:
                             account.note(output)
                             yield output
+                account.ended = True
             except AdapterFailed as error:
                 account.error = "adapter_failed"
                 raise self._failure(str(error)) from error
@@ -61,6 +62,7 @@ class _Account:
         self._began = time.monotonic()
         self._first: float | None = None
         self._prompt = self._generated = 0
+        self.ended = False
         self.error: str | None = None
         metrics.started(model)
 
@@ -76,7 +78,9 @@ class _Account:
             self._generated = self._generated + count if self._is_delta else count
 
     def close(self) -> None:
+        """It ended, well or not, or its client has left."""
         if self.error is not None:
             self._metrics.failed(self._model, self.error)
-        seconds = time.monotonic() - self._began
-        self._metrics.finished(self._model, seconds, self._prompt, self._generated)
+        if self.ended:
+            self._metrics.finished(self._model, time.monotonic() - self._began)
+        self._metrics.tokens(self._model, self._prompt, self._generated)

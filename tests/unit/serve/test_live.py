@@ -85,7 +85,6 @@ def test_a_model_that_is_no_text(model: object, shop: Shop) -> None:
         "/etc/passwd",
         "a/../b",
         "a\0b",
-        "x" * (1 << 20),
         "‮evil",
         "a@",
         "@",

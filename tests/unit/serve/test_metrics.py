@@ -27,7 +27,8 @@ def value(registry: CollectorRegistry, name: str, **labels: str) -> float | None
 def serve_one(metrics: Metrics, adapter: str) -> None:
     metrics.started(adapter)
     metrics.first_token(adapter, 0.2)
-    metrics.finished(adapter, 1.5, 7, 11)
+    metrics.finished(adapter, 1.5)
+    metrics.tokens(adapter, 7, 11)
 
 
 def test_a_request_is_counted_for_its_adapter(registry: CollectorRegistry) -> None:
