@@ -174,7 +174,7 @@ class AdapterEndpoint:
             raise ServerFailed(", ".join(failed), "could not be loaded", "Start without --strict.")
 
     async def _look(self) -> None:
-        """Now and then: what left the catalog leaves the memory and then the store, and the gauges are set."""
+        """Now and then: what left the catalog leaves memory and store, and the gauges are set."""
         catalog, collected = self._live.catalog, -1
         for number in itertools.count():
             await asyncio.sleep(_LOOK_EVERY_S)
