@@ -13,7 +13,7 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -61,12 +61,15 @@ def wait_for_all(server: ServerProcess, count: int) -> float:
     return time.monotonic() - began
 
 
-def measure(url: str, models: Sequence[str], requests: int, concurrency: int, seed: int) -> dict[str, Any]:
+def measure(
+    url: str, models: Sequence[str], requests: int, concurrency: int, seed: int, tokens: int = OUTPUT_TOKENS
+) -> dict[str, Any]:
     """One run of the load test."""
     command = [sys.executable, "-P", "-m", "vllm_lora_ext", "loadtest", "--url", url, "--json"]
-    command += ["--models", *models, "--input-len", str(INPUT_TOKENS), "--output-len", str(OUTPUT_TOKENS)]
+    command += ["--models", *models, "--input-len", str(INPUT_TOKENS), "--output-len", str(tokens)]
     command += ["--lora-request-distribution", "skewed", "--lora-zipf-alpha", "1.0", "--seed", str(seed)]
     command += ["--num-prompts", str(requests), "--max-concurrency", str(concurrency)]
+    command += ["--warmup", "0"]  # a request to each of a thousand would take the longest; cold ones count
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if not done.stdout:
         raise SystemExit(done.stderr)
@@ -86,6 +89,10 @@ def measure(url: str, models: Sequence[str], requests: int, concurrency: int, se
 def compare(server: ServerProcess, names: Sequence[str], args: argparse.Namespace) -> dict[str, Any]:
     """Rounds of many and few in turn, at each concurrency; the memory after each round."""
     report: dict[str, Any] = {}
+    if (
+        args.warm_requests
+    ):  # what was asked for before is in memory, as it is on a server that has run a while
+        measure(server.url, list(names), args.warm_requests, max(args.concurrency), 0, 1)
     for concurrency in args.concurrency:
         rows = []
         for number in range(args.rounds):
@@ -102,6 +109,25 @@ def compare(server: ServerProcess, names: Sequence[str], args: argparse.Namespac
     return report
 
 
+def measure_starts(server: Callable[[int], ServerProcess], many: int, pairs: int) -> dict[str, Any]:
+    """The first start, which takes all adapters, and then pairs of starts with none and with many."""
+    first = server(many)
+    report: dict[str, Any] = {"first_start_s": started(first)}
+    report["all_served_after_ready_s"] = wait_for_all(first, many)
+    first.stop()
+    starts = []
+    for _ in range(pairs):
+        row: dict[str, Any] = {}
+        for arm, count in (("none", 0), ("many", many)):
+            running = server(count)
+            row[arm] = {"ready_s": started(running), "memory_mib": memory_mib(running)}
+            running.stop()
+        starts.append(row)
+        print(row, file=sys.stderr)
+    longer = [row["many"]["ready_s"] - row["none"]["ready_s"] for row in starts]
+    return report | {"starts": starts, "longer_start_s": statistics.median(longer)}
+
+
 def make_all(folder: Path, base: Path, count: int) -> list[str]:
     """Names of `count` adapters, made once."""
     return [make_random_adapter(folder / f"id-{n:04}", base, RANK, n).name for n in range(count)]
@@ -115,7 +141,8 @@ def main(argv: Sequence[str]) -> None:
     parser.add_argument("--requests", type=int, default=64, help="per run")
     parser.add_argument("--rounds", type=int, default=3, help="pairs per concurrency")
     parser.add_argument("--concurrency", type=int, nargs="+", default=[8, 16])
-    parser.add_argument("--starts", type=int, default=2, help="pairs of starts")
+    parser.add_argument("--warm-requests", type=int, default=500, help="asked before, of one token each")
+    parser.add_argument("--starts", type=int, default=2, help="pairs of starts; 0: only load")
     parser.add_argument("--max-cpu-loras", help="default: what the server infers")
     parser.add_argument("--work-dir", type=Path, default=Path(".cache/benchmarks/many"))
     parser.add_argument("--results", type=Path, default=ROOT / "benchmarks" / "results")
@@ -125,7 +152,6 @@ def main(argv: Sequence[str]) -> None:
     add_tokenizer(base)
     names = make_all(work / f"adapters-{args.adapters}", base, args.adapters)
     (work / "none").mkdir(exist_ok=True)
-    shutil.rmtree(work / "state", ignore_errors=True)
     flags = ["--max-cpu-loras", args.max_cpu_loras] if args.max_cpu_loras else []
 
     def server(count: int) -> ServerProcess:
@@ -133,21 +159,9 @@ def main(argv: Sequence[str]) -> None:
         return server_of(base, work / folder, work / state, work / f"server-{count}.log", *flags)
 
     report: dict[str, Any] = {"benchmark": "many_adapters", **describe_machine()}
-    first = server(args.adapters)
-    report["first_start_s"] = started(first)
-    report["all_served_after_ready_s"] = wait_for_all(first, args.adapters)
-    first.stop()
-    starts = []
-    for _ in range(args.starts):
-        row: dict[str, Any] = {}
-        for arm, count in (("none", 0), ("many", args.adapters)):
-            running = server(count)
-            row[arm] = {"ready_s": started(running), "memory_mib": memory_mib(running)}
-            running.stop()
-        starts.append(row)
-        print(row, file=sys.stderr)
-    report["starts"] = starts
-    report["longer_start_s"] = statistics.median(r["many"]["ready_s"] - r["none"]["ready_s"] for r in starts)
+    if args.starts:
+        shutil.rmtree(work / "state", ignore_errors=True)
+        report |= measure_starts(server, args.adapters, args.starts)
     with server(args.adapters) as running:
         report["load"] = compare(running, names, args)
         report["in_memory_at_the_end"] = sum(
@@ -155,6 +169,7 @@ def main(argv: Sequence[str]) -> None:
         )
     report |= {"adapters": args.adapters, "shape": args.shape, "rank": RANK, "slots": SLOTS, "few": FEW}
     report |= {"requests": args.requests, "input_tokens": INPUT_TOKENS, "output_tokens": OUTPUT_TOKENS}
+    report["warm_requests"] = args.warm_requests
     place = args.results / f"{result_name(report, 'many_adapters')}.json"
     place.write_text(json.dumps(report, indent=1) + "\n")
     print(f"written: {place}", file=sys.stderr)

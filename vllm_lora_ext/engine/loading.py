@@ -27,8 +27,12 @@ from vllm.lora.utils import get_adapter_absolute_path, is_base_embedding_weights
 from vllm_lora_ext.background import lower_priority
 from vllm_lora_ext.engine.weights import read_adapter_files
 from vllm_lora_ext.peft_config import LiteralPattern
+from vllm_lora_ext.peft_format import WEIGHTS_FILE
 
 _LOADERS = 4  # so that one disk that hangs does not keep the others waiting
+# The load of a small adapter takes some 50 ms of one core. At the lowest priority, beside workers that
+# never rest, that was 3 s, in which its request waits; a large one would be felt by every stream.
+_SMALL_BYTES, _NICE_SMALL, _NICE_LARGE = 32 << 20, 5, 19
 
 
 def load_adapter(
@@ -142,13 +146,16 @@ class AdapterLoader:
 
     def __init__(self, load: Callable[[LoRARequest], LoRAModel]) -> None:
         self._load = load
-        self._threads = ThreadPoolExecutor(_LOADERS, "adapter-loader", initializer=give_way)
+        # A thread cannot take a priority back that it gave up, so there are some of each.
+        self._quick = ThreadPoolExecutor(_LOADERS, "adapter-loader", give_way, (_NICE_SMALL,))
+        self._slow = ThreadPoolExecutor(_LOADERS, "large-adapter-loader", give_way, (_NICE_LARGE,))
         self._loads: dict[int, Future[LoRAModel]] = {}
 
     def start(self, request: LoRARequest) -> None:
         """Begin to load; a load of the same id that nobody took is forgotten."""
         self.forget(request.lora_int_id)
-        self._loads[request.lora_int_id] = self._threads.submit(self._load, request)
+        threads = self._quick if _is_small(request) else self._slow
+        self._loads[request.lora_int_id] = threads.submit(self._load, request)
 
     def is_finished(self, adapter_id: int) -> bool:
         """Whether `take` will not wait: the load ended, well or not, or there is none."""
@@ -167,8 +174,15 @@ class AdapterLoader:
             load.cancel()
 
 
-def give_way() -> None:
-    """Let this thread compute only where nobody else wants to, alone, and on any core.
+def _is_small(request: LoRARequest) -> bool:
+    try:
+        return (Path(request.lora_path) / WEIGHTS_FILE).stat().st_size <= _SMALL_BYTES
+    except OSError:  # the load will say what is wrong
+        return True
+
+
+def give_way(nice: int) -> None:
+    """Let this thread compute where others leave it room, alone, and on any core.
 
     The worker's main thread is bound to one core, and a new thread inherits that.
     """
@@ -176,4 +190,4 @@ def give_way() -> None:
         ctypes.CDLL(None).omp_set_num_threads(1)
     with contextlib.suppress(OSError, AttributeError):  # not on Linux, or not allowed
         os.sched_setaffinity(0, os.sched_getaffinity(os.getppid()))
-    lower_priority()
+    lower_priority(nice)
