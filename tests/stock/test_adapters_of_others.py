@@ -94,11 +94,11 @@ def test_s5_a_name_reaches_only_what_is_served(
 
 @pytest.mark.parametrize("kind", ["stock", "ours"])
 def test_s8_an_adapter_without_effect_is_not_served_as_if_it_had_one(
-    kind: str, servers: Start, places: Path, tiny_base: Path, tmp_path: Path
+    kind: str, servers: Start, places: Path, tiny_base: Path
 ) -> None:
     """Its layers are not the base's, so none of its tensors is ever used."""
     server = servers(kind)
-    folder = tmp_path / "nothing"
+    folder = places / "served" / f"nothing-{kind}"
     shutil.copytree(places / "served" / "inside", folder)
     tensors = load_file(folder / "adapter_model.safetensors")
     beyond = {name.replace("layers.", "layers.4"): tensor for name, tensor in tensors.items()}
@@ -116,10 +116,11 @@ def test_s8_an_adapter_without_effect_is_not_served_as_if_it_had_one(
 
 @pytest.mark.parametrize("kind", ["stock", "ours"])
 def test_s8_an_adapter_of_a_smaller_base_is_not_copied_into_a_corner(
-    kind: str, servers: Start, tiny_base: Path, tmp_path: Path
+    kind: str, servers: Start, places: Path, tiny_base: Path
 ) -> None:
     server = servers(kind)
-    folder = adapter_for({"model.layers.0.mlp.gate_proj": (64, 64)}, 8, tmp_path / "small", str(tiny_base))
+    place = places / "served" / f"small-{kind}"
+    folder = adapter_for({"model.layers.0.mlp.gate_proj": (64, 64)}, 8, place, str(tiny_base))
     weights = load_file(folder / "adapter_model.safetensors")
     assert all(torch.isfinite(tensor).all() for tensor in weights.values())
     response = load(server, "small", folder)
