@@ -176,7 +176,7 @@ class Admin:
             try:
                 await self._in_thread(lambda: self._catalog.publish(source.name, version, replaces))
             except BaseException:
-                self._manager.retire(served.model)
+                await self._manager.dismiss(served.model)
                 raise
         finally:
             admitted.version.release()

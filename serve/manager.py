@@ -26,6 +26,8 @@ from vllm_lora_ext.store import AdapterStore
 
 logger = logging.getLogger("vllm.vllm_lora")
 
+_LONGEST_DISMISSAL_S = 10.0
+
 
 class AdapterEngine(Protocol):
     """What the manager asks of an engine. A handle is whatever the engine calls a loaded adapter."""
@@ -183,6 +185,12 @@ class Manager:
         if model in self._leases:
             self._leases[model].retired = True
         self._do(self.gate.retire(model, self._clock()))
+
+    async def dismiss(self, model: str) -> None:
+        """As `retire`, and wait a while until it has left, so that the store may forget it."""
+        self.retire(model)
+        if self._tasks:
+            await asyncio.wait(self._tasks, timeout=_LONGEST_DISMISSAL_S)
 
     async def warm_up(self, versions: Sequence[ServedVersion]) -> list[str]:
         """Load versions before anybody asks; the models of those that could not be."""

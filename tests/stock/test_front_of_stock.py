@@ -229,7 +229,7 @@ def test_s11_there_is_one_series_whatever_ran_before(kind: str, pair: Pair) -> N
     for models in (["alpha"], ["beta"], ["alpha", "beta"]):
         with ThreadPoolExecutor() as threads:
             asked = [
-                threads.submit(server.text, model, max_tokens=64, ignore_eos=True) for model in models * 3
+                threads.submit(server.text, model, max_tokens=256, ignore_eos=True) for model in models * 3
             ]
             while not all(one.done() for one in asked):
                 seen.append(sets_of_adapters(server))
