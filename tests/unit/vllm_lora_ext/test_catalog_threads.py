@@ -65,7 +65,7 @@ def test_a_reader_never_sees_a_revision_without_its_changes(catalog: Catalog) ->
 
     with ThreadPoolExecutor(2) as pool:
         readers = [pool.submit(read) for _ in range(2)]
-        for number in range(50):
+        for number in range(10):
             with catalog.together():
                 note(catalog, f"{number}-first")
                 note(catalog, f"{number}-second")
