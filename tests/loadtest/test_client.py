@@ -165,12 +165,17 @@ def test_no_time_is_negative_however_fast_the_answer_comes(serve: Serve) -> None
 
 @pytest.mark.parametrize("processes", [1, 2])
 def test_a_server_that_dies_ends_the_run_and_what_was_measured_is_kept(processes: int) -> None:
-    server = KnownServer([{"id": "base"}], identity_answer)
+    asked: list[int] = []
+
+    def answer_and_die(body: Mapping[str, Any]) -> KnownAnswer:
+        asked.append(1)
+        if len(asked) == 100:
+            server.die()
+        return identity_answer(body)
+
+    server = KnownServer([{"id": "base"}], answer_and_die)
     with server.in_thread():
-        url = server.url
-        killer = threading.Timer(1.0, server.die)
-        killer.start()
-        run = run_load(plan(url, 100_000, max_concurrency=8), processes)
+        run = run_load(plan(server.url, 100_000, max_concurrency=8), processes)
     assert run.ended_early == SERVER_GONE
     good = [record for record in run.records if record.error is None]
     assert len(good) > 20 and len(run.records) < 5000
