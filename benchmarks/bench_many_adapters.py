@@ -61,6 +61,20 @@ def wait_for_all(server: ServerProcess, count: int) -> float:
     return time.monotonic() - began
 
 
+def in_memory(server: ServerProcess) -> int:
+    """How many adapters the server has in its memory."""
+    return sum(row["state"] in ("slot", "cached") for row in ServerAdapters(server.url).list())
+
+
+def wait_until_loaded(server: ServerProcess) -> float:
+    """Seconds until the server loads no more ahead."""
+    began, before = time.monotonic(), -1
+    while (now := in_memory(server)) > before:
+        before, last = now, time.monotonic()
+        time.sleep(5.0)
+    return last - began
+
+
 def measure(
     url: str, models: Sequence[str], requests: int, concurrency: int, seed: int, tokens: int = OUTPUT_TOKENS
 ) -> dict[str, Any]:
@@ -143,6 +157,7 @@ def main(argv: Sequence[str]) -> None:
     parser.add_argument("--concurrency", type=int, nargs="+", default=[8, 16])
     parser.add_argument("--warm-requests", type=int, default=500, help="asked before, of one token each")
     parser.add_argument("--starts", type=int, default=2, help="pairs of starts; 0: only load")
+    parser.add_argument("--preload", action="store_true", help="let the server load ahead, and wait for that")
     parser.add_argument("--max-cpu-loras", help="default: what the server infers")
     parser.add_argument("--work-dir", type=Path, default=Path(".cache/benchmarks/many"))
     parser.add_argument("--results", type=Path, default=ROOT / "benchmarks" / "results")
@@ -153,6 +168,7 @@ def main(argv: Sequence[str]) -> None:
     names = make_all(work / f"adapters-{args.adapters}", base, args.adapters)
     (work / "none").mkdir(exist_ok=True)
     flags = ["--max-cpu-loras", args.max_cpu_loras] if args.max_cpu_loras else []
+    flags += ["--preload"] if args.preload else []
 
     def server(count: int) -> ServerProcess:
         folder, state = (f"adapters-{count}", "state") if count else ("none", "state-none")
@@ -163,10 +179,10 @@ def main(argv: Sequence[str]) -> None:
         shutil.rmtree(work / "state", ignore_errors=True)
         report |= measure_starts(server, args.adapters, args.starts)
     with server(args.adapters) as running:
+        if args.preload:
+            report["preloaded_after_s"] = wait_until_loaded(running)
         report["load"] = compare(running, names, args)
-        report["in_memory_at_the_end"] = sum(
-            row["state"] in ("slot", "cached") for row in ServerAdapters(running.url).list()
-        )
+        report["in_memory_at_the_end"] = in_memory(running)
     report |= {"adapters": args.adapters, "shape": args.shape, "rank": RANK, "slots": SLOTS, "few": FEW}
     report |= {"requests": args.requests, "input_tokens": INPUT_TOKENS, "output_tokens": OUTPUT_TOKENS}
     report["warm_requests"] = args.warm_requests

@@ -53,6 +53,7 @@ class FrontSettings:
     keys: Keys
     allow_route: tuple[str, ...]
     turn_seconds: float
+    preload: bool
     max_queue: int
     max_queue_per_adapter: int
     metrics_max_adapters: int
@@ -156,6 +157,11 @@ def _add_front_flags(group: argparse._ActionsContainer) -> None:
         help="open a route of vLLM's that is closed; all that begin so with '*' at its end",
     )
     group.add_argument(
+        "--preload",
+        action="store_true",
+        help="load adapters into spare memory while nothing is asked for, the last used first",
+    )
+    group.add_argument(
         "--turn-seconds",
         type=_seconds,
         default=TURN_SECONDS,
@@ -202,6 +208,7 @@ def front_settings(args: argparse.Namespace) -> FrontSettings:
     return FrontSettings(
         keys=Keys(api_keys, admin_keys, loopback=is_here),
         allow_route=tuple(getattr(args, "allow_route", ())),
+        preload=getattr(args, "preload", False),
         turn_seconds=getattr(args, "turn_seconds", TURN_SECONDS),
         max_queue=getattr(args, "max_queue", MAX_QUEUE),
         max_queue_per_adapter=getattr(args, "max_queue_per_adapter", MAX_QUEUE_PER_ADAPTER),

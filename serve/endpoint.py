@@ -29,6 +29,7 @@ from serve.gate import Limits
 from serve.live import LiveAdapters
 from serve.manager import Manager
 from serve.metrics import Metrics
+from serve.preload import preload
 from serve.routes import Routes
 from serve.turns import TurnTaker
 from serve.vllm_engine import (
@@ -76,6 +77,7 @@ class AdapterEndpoint:
     def __init__(self) -> None:
         self.modules: Sequence[LoRAModulePath] = ()
         self.looking: asyncio.Task[None] | None = None
+        self.preloading: asyncio.Task[None] | None = None
         self.settings: FrontSettings
         self.desk: Desk
 
@@ -129,6 +131,8 @@ class AdapterEndpoint:
         if lora is not None:
             show_one_series(engine_client, lora.max_loras)
         self.looking = asyncio.create_task(self._look())
+        if self.settings.preload:
+            self.preloading = asyncio.create_task(preload(self._live, self._manager))
         names = self._live.names()
         served = ", ".join(names[:20]) + (" ..." if len(names) > 20 else "") if names else "none"
         logger.info("Ready with base model %s and %d adapters: %s", models.model_name(), len(names), served)

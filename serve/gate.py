@@ -150,7 +150,8 @@ class Gate:
         """A `Load` is done."""
         line = self._lines[adapter]
         self._move(line, "cached")
-        line.used = now
+        if line.queue:  # one that nobody asked for is the first to leave
+            line.used = now
         return self.tick(now)
 
     def load_failed(self, adapter: str, now: float) -> tuple[list[int], list[Command]]:
@@ -175,6 +176,15 @@ class Gate:
             return []
         self._retired.add(adapter)
         return self.tick(now)
+
+    def preload(self, adapter: str) -> list[Command]:
+        """Bring it into memory though nobody asks, where that takes no place that a request may soon want."""
+        line = self._lines.get(adapter)
+        if not self.has_room_to_spare or (line is not None and line.place != "stored"):
+            return []
+        line = self._lines.setdefault(adapter, _Line(adapter))
+        self._move(line, "loading")
+        return [Load(adapter)]
 
     # What follows from it.
 
@@ -203,6 +213,11 @@ class Gate:
         if line is None or line.place in ("stored", "loading"):
             return "stored"
         return "slot" if line.turn_began is not None else "cached"
+
+    @property
+    def has_room_to_spare(self) -> bool:
+        """Whether the memory has more free places than there are slots."""
+        return self._occupied() + self.limits.slots < self.limits.cached
 
     def counts(self, adapter: Adapter) -> tuple[int, int]:
         """Requests of an adapter in the engine, and waiting."""

@@ -216,6 +216,31 @@ class Manager:
         finally:
             self.release(version.model)
 
+    @property
+    def is_resting(self) -> bool:
+        """Nothing is asked for, nothing is on its way, and there is room to spare."""
+        gate = self.gate
+        return not (gate.running or gate.waiting or self._tasks) and gate.has_room_to_spare
+
+    async def preload(self, version: ServedVersion) -> bool:
+        """Bring a version into memory before anybody asks; False if now is not the time for it.
+
+        It is as long as the manager `is_resting`: a load takes time from requests.
+
+        Raises:
+            VersionMissing, VersionDamaged: the store does not have it.
+        """
+        if not self.is_resting:
+            return False
+        self.hold(version)
+        try:
+            self._do(self.gate.preload(version.model))
+            if self._tasks:
+                await asyncio.wait(self._tasks)
+        finally:
+            self.release(version.model)
+        return True
+
     def use_of(self, name: str) -> Use:
         """What was made of an adapter, over all its versions."""
         return self._uses.get(name) or Use()

@@ -204,6 +204,28 @@ def test_a_retired_adapter_leaves_after_its_last_request() -> None:
     assert engine.gate.in_memory() == []
 
 
+def test_what_nobody_asked_for_takes_nobodys_place_and_leaves_first() -> None:
+    engine = make(slots=1, cached=3)
+    engine.ask("a", 0.1)
+    engine.run()
+    for name in ("b", "c", "a"):
+        engine.do(engine.gate.preload(name))
+        engine.run()
+    assert engine.memory == {"a", "b"}, "as many places as there are slots stay free"
+    for name in ("d", "e"):
+        engine.ask(name, 0.1)
+        engine.run()
+    assert engine.memory == {"a", "d", "e"}
+
+
+def test_a_request_finds_what_is_being_loaded_for_nobody() -> None:
+    engine = make(slots=1, cached=2, load_s=1.0)
+    engine.do(engine.gate.preload("a"))
+    ticket = engine.ask("a", 0.1)
+    engine.run()
+    assert engine.started[ticket] == 1.0
+
+
 def test_nothing_is_kept_of_adapters_that_are_nowhere() -> None:
     engine = make(slots=1, cached=1)
     for number in range(100):
@@ -279,6 +301,10 @@ class AnyTraffic(RuleBasedStateMachine):
     @rule(adapter=st.sampled_from(NAMES))
     def retire(self, adapter: str) -> None:
         self.do(self.gate.retire(adapter, self.now))
+
+    @rule(adapter=st.sampled_from(NAMES))
+    def preload(self, adapter: str) -> None:
+        self.do(self.gate.preload(adapter))
 
     @rule(seconds=st.floats(0.1, 3.0))
     def pass_time(self, seconds: float) -> None:

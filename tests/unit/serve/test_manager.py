@@ -402,6 +402,40 @@ def test_what_no_client_asked_for_is_no_request(manager: Manager, engine: FakeEn
     run_simulated(work())
 
 
+def test_what_is_loaded_ahead_costs_no_request_anything(manager: Manager, engine: FakeEngine) -> None:
+    async def work() -> None:
+        ends = asyncio.Event()
+        task = asyncio.create_task(request(manager, A, ends))
+        await spin()
+        assert not await manager.preload(B), "somebody is being served"
+        ends.set()
+        await task
+        await spin()
+        assert await manager.preload(B)
+        assert set(engine.memory.values()) == {A.model, B.model}
+        assert manager.use_of("b").requests == 0
+        assert nothing_is_held(manager)
+
+    run_simulated(work())
+
+
+def test_what_cannot_be_loaded_ahead_is_noted_as_any_other(engine: FakeEngine) -> None:
+    async def work() -> None:
+        failed: list[str] = []
+        manager = a_manager(
+            engine,
+            CountedStore(),
+            failed=lambda version, reason: failed.append(version.model),
+            clock=asyncio.get_running_loop().time,
+        )
+        engine.failing[A.model] = "no"
+        assert await manager.preload(A)
+        assert failed == [A.model] and not engine.memory
+        assert nothing_is_held(manager)
+
+    run_simulated(work())
+
+
 def test_the_store_keeps_a_version_while_a_request_has_it(
     tmp_path: Path, make_adapter: Callable[..., Path]
 ) -> None:
@@ -506,6 +540,13 @@ class AnyTraffic(RuleBasedStateMachine):
             await spin(rounds)
 
         self.loop.run_until_complete(within_the_loop())
+
+    @rule(version=st.integers(0, 2), rounds=st.integers(0, 3))
+    def preload(self, version: int, rounds: int) -> None:
+        ahead = self.manager.preload(self.versions[version])
+        task: asyncio.Task[object] = self.loop.create_task(ahead)
+        self.tasks[task], self.ends[task] = self.versions[version].model, asyncio.Event()
+        self.go_on(rounds)
 
     @rule(seconds=st.floats(0.1, 5.0))
     def pass_time(self, seconds: float) -> None:
