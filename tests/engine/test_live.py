@@ -45,7 +45,17 @@ def live(tiny_base: Path, folder: Path, tmp_path_factory: pytest.TempPathFactory
     """A server with keys that watches `folder`."""
     work = tmp_path_factory.mktemp("log")
     arguments = [str(tiny_base), "--adapters", str(folder), "--state-dir", str(work / "state")]
-    arguments += ["--api-key", KEY, "--api-key", "another", "--admin-key", ADMIN, "--max-model-len", "512"]
+    arguments += [
+        "--preload",
+        "--api-key",
+        KEY,
+        "--api-key",
+        "another",
+        "--admin-key",
+        ADMIN,
+        "--max-model-len",
+        "512",
+    ]
     with ServerProcess(arguments, work / "server.log", QUIET) as running:
         yield running
 
@@ -126,6 +136,20 @@ def test_a_new_folder_is_served_a_changed_one_is_a_new_version_a_removed_one_is_
     with pytest.raises(openai.NotFoundError) as failure:
         chat(client, "comes", QUESTION)
     assert failure.value.code == "model_not_found"
+
+
+def test_what_nobody_has_asked_for_is_loaded_while_nothing_is_asked(
+    live: ServerProcess, adapters: Path, folder: Path
+) -> None:
+    def shown() -> dict[str, Any]:
+        answer = httpx.get(f"{live.url}/v1/adapters/quiet", headers={"Authorization": f"Bearer {ADMIN}"})
+        return dict(answer.json())
+
+    variant(adapters / "chat", folder / "quiet", 28)
+    eventually(lambda: shown().get("state") in ("slot", "cached"))
+    assert shown()["requests"] == 0 and shown()["load_seconds"] > 0
+    shutil.rmtree(folder / "quiet")
+    eventually(lambda: "error" in shown())
 
 
 def test_an_adapter_is_published_swapped_rolled_back_and_removed_by_command(
