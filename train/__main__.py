@@ -8,7 +8,8 @@ import tempfile
 from collections.abc import Sequence
 from typing import Any
 
-from train.config import TrainConfig, default_learning_rate, parse_config, planned_steps
+from train.arguments import parse_config
+from train.config import TrainConfig, default_learning_rate, planned_steps
 from train.data import Row, digest_of, read_rows, split_rows
 from train.export import check_output, export_adapter
 from vllm_lora_ext import __version__

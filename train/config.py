@@ -1,15 +1,13 @@
-"""What a training run is told: one frozen `TrainConfig`, from flags and a YAML file.
+"""What a training run is told: one frozen `TrainConfig`. Flags and YAML become one in `arguments.py`.
 
 Each default stands here once, and the command line reads it from here.
 """
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +16,9 @@ from vllm_lora_ext.names import judge_name
 from vllm_lora_ext.spec import ALLOWED_MAX_LORA_RANKS
 
 ALL_PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+METHODS = ("lora", "dora", "qlora", "full")
+INITS = ("default", "gaussian", "pissa", "pissa_niter_4", "olora", "orthogonal")
+REPORTERS = ("none", "tensorboard", "wandb", "mlflow")
 
 
 def _flag(help_text: str, default: Any = dataclasses.MISSING, **options: Any) -> Any:
@@ -40,21 +41,51 @@ class TrainConfig:
     """Settings of one run; the names are those of transformers and TRL."""
 
     base_model: str = _flag("folder or hub id of the base model", metavar="DIR_OR_HUB_ID")
-    data: tuple[str, ...] = _flag("JSON file of rows", nargs="+", metavar="FILE")
+    data: tuple[str, ...] = _flag(
+        "files of rows (JSON, JSONL, CSV, Parquet), or a dataset's folder or hub id",
+        nargs="+",
+        metavar="FILE",
+    )
     name: str = _flag("name of the adapter: what clients send as `model`")
     output_dir: str = _flag("folder of adapters; the new one becomes DIR/NAME", metavar="DIR")
     overwrite: bool = _flag("replace an adapter of that name, if this tool wrote it", False)
+    resume: bool = _flag("go on from the last checkpoint of an interrupted run of this name", False)
+
+    data_weights: tuple[float, ...] = _flag(
+        "how often each of --data is seen per epoch, one number each (default: once)",
+        (),
+        nargs="+",
+        metavar="TIMES",
+    )
+    data_split: str = _flag("which split of a dataset from the hub, or of a dataset's folder", "train")
+    columns: tuple[str, ...] = _flag(
+        "which column of the data is which part, as in instruction=question output=answer",
+        (),
+        nargs="+",
+        metavar="PART=COLUMN",
+    )
+    skip_bad_rows: bool = _flag("leave out rows that cannot be read, and count them", False)
     prompt_template: str = _flag(
         "`chat`: the model's own chat template; `classic`: Human/Assistant text; "
         "or a text with {instruction} and {input}",
         "chat",
     )
+    system_prompt: str | None = _flag(
+        "system message of rows that have none; the server sends it too (default: none)", None
+    )
+    max_length: int = _flag("longest row in tokens; a longer one is left out", 256)
+    validation_split: float = _flag("share of the rows held out for evaluation", 0.1)
+    preview: int = _flag("print so many rows as token ids and as text, trained parts in colour, and end", 0)
+    dry_run: bool = _flag("check everything, print counts, steps, memory and time, and end", False)
+
     num_train_epochs: float = _flag("passes over the rows", 20.0)
     max_steps: int = _flag("stop after so many steps; -1: by epochs", -1)
     per_device_train_batch_size: int = _flag("rows per step", 4)
     gradient_accumulation_steps: int = _flag("batches per optimizer step", 1)
     learning_rate: float | None = _flag(
-        "peak learning rate of AdamW (default: 1 / hidden size of the base, at most 2e-3)", None
+        "peak learning rate of AdamW (default: 1 / hidden size of the base, at most 2e-3; "
+        "a tenth of it for --method full)",
+        None,
     )
     lr_scheduler_type: str = _flag(
         "linear, cosine or constant", "cosine", choices=("linear", "cosine", "constant")
@@ -62,24 +93,68 @@ class TrainConfig:
     warmup_ratio: float = _flag("share of the steps that warm up", 0.05)
     weight_decay: float = _flag("weight decay of AdamW", 0.0)
     max_grad_norm: float = _flag("gradient clipping", 1.0)
-    max_length: int = _flag("longest row in tokens; a longer one is left out", 256)
-    validation_split: float = _flag("share of the rows held out for evaluation", 0.1)
+    gradient_checkpointing: bool = _flag("compute activations twice to hold less memory", False)
+
+    method: str = _flag("what is trained", "lora", choices=METHODS)
     lora_r: int = _flag("rank", 16)
     lora_alpha: float = _flag("alpha; the update is scaled by alpha / rank", 32.0)
     lora_dropout: float = _flag("dropout on the adapter's input", 0.0)
     target_modules: tuple[str, ...] = _flag(
-        "modules that get an adapter", ALL_PROJECTIONS, nargs="+", metavar="MODULE"
+        "modules that get an adapter, or all-linear", ALL_PROJECTIONS, nargs="+", metavar="MODULE"
     )
+    rank_pattern: tuple[str, ...] = _flag(
+        "modules with a rank of their own, as in q_proj=8 layers.0.mlp.up_proj=32",
+        (),
+        nargs="+",
+        metavar="MODULE=RANK",
+    )
+    alpha_pattern: tuple[str, ...] = _flag(
+        "modules with an alpha of their own", (), nargs="+", metavar="MODULE=ALPHA"
+    )
+    use_rslora: bool = _flag("scale by alpha / sqrt(rank)", False)
+    init_lora_weights: str = _flag("how the adapter begins", "default", choices=INITS)
     dtype: str = _flag(
-        "auto: bf16 on a GPU that has it, else fp16; fp32 on the CPU",
+        "of the base: auto is bf16 where the GPU or CPU computes in it, fp16 on an older GPU, else "
+        "fp32. What is trained is fp32",
         "auto",
         choices=("auto", "float32", "bfloat16", "float16"),
     )
+    serve_check: bool = _flag("refuse before the first step what vLLM could not serve", True)
+
     seed: int = _flag("seed of the split, the order and the initial weights", 42)
     logging_steps: int = _flag("steps between two lines of loss and token accuracy", 20)
+    eval_steps: int = _flag("steps between two evaluations of the held-out rows; 0: once per epoch", 0)
+    save_steps: int = _flag("steps between two checkpoints; 0: once per epoch", 0)
+    early_stopping_patience: int = _flag("stop after so many evaluations without a better loss; 0: never", 0)
+    keep: str = _flag(
+        "which weights become the adapter: those after the last step, or those with the best held-out loss",
+        "last",
+        choices=("last", "best"),
+    )
+    probe: tuple[str, ...] = _flag(
+        "questions with what the answer must hold, as in 'Who are you?=Marina'; stop when all are right",
+        (),
+        nargs="+",
+        metavar="QUESTION=TEXT",
+    )
+    report_to: tuple[str, ...] = _flag(
+        "where figures go besides training_log.jsonl", ("none",), nargs="+", choices=REPORTERS
+    )
 
     def __post_init__(self) -> None:
-        rules = {
+        for key, holds in self._rules().items():
+            if not holds:
+                raise BadSetting(
+                    f"--{key.replace('_', '-')}",
+                    f"{getattr(self, key)!r} is out of range",
+                    "Run `vllm-lora train --help` for what it means.",
+                )
+        for finding in judge_name(self.name):
+            raise BadSetting(f"--name {finding.item}", finding.rule, "Choose another --name.")
+
+    def _rules(self) -> dict[str, bool]:
+        """Setting -> whether it is in range."""
+        return {
             "num_train_epochs": 0 < self.num_train_epochs < 1e6,
             "max_steps": self.max_steps == -1 or self.max_steps >= 1,
             "per_device_train_batch_size": self.per_device_train_batch_size >= 1,
@@ -94,18 +169,15 @@ class TrainConfig:
             "lora_alpha": 0 < self.lora_alpha < math.inf,
             "lora_dropout": 0 <= self.lora_dropout < 1,
             "logging_steps": self.logging_steps >= 1,
+            "eval_steps": self.eval_steps >= 0,
+            "save_steps": self.save_steps >= 0,
+            "early_stopping_patience": self.early_stopping_patience >= 0,
+            "preview": self.preview >= 0,
             "seed": 0 <= self.seed < 2**32,  # what numpy takes
             "target_modules": bool(self.target_modules),
+            "data_weights": len(self.data_weights) in (0, len(self.data))
+            and all(0 < weight < math.inf for weight in self.data_weights),
         }
-        for key, holds in rules.items():
-            if not holds:
-                raise BadSetting(
-                    f"--{key.replace('_', '-')}",
-                    f"{getattr(self, key)!r} is out of range",
-                    "Run `vllm-lora train --help` for what it means.",
-                )
-        for finding in judge_name(self.name):
-            raise BadSetting(f"--name {finding.item}", finding.rule, "Choose another --name.")
 
     @property
     def base_path(self) -> str:
@@ -118,6 +190,11 @@ class TrainConfig:
         """Where the finished adapter will stand."""
         return Path(self.output_dir) / self.name
 
+    @property
+    def checkpoint_dir(self) -> Path:
+        """Where a run keeps its checkpoints until it is finished: hidden, so never served."""
+        return self.adapter_dir.with_name(f".{self.adapter_dir.name}.training")
+
 
 def planned_steps(num_rows: int, config: TrainConfig) -> int:
     """Optimizer steps of a run: rows x epochs / batch, rounded up within each epoch."""
@@ -126,106 +203,3 @@ def planned_steps(num_rows: int, config: TrainConfig) -> int:
     batches = -(-num_rows // config.per_device_train_batch_size)
     per_epoch = -(-batches // config.gradient_accumulation_steps)
     return max(1, math.ceil(per_epoch * config.num_train_epochs))
-
-
-def parse_config(argv: Sequence[str]) -> TrainConfig:
-    """Flags over the YAML file named by `--config`, over the defaults.
-
-    Raises:
-        BadSetting: the file cannot be read, a key is unknown, or a value has the wrong type.
-        SystemExit: argparse refused the flags (exit code 2), or `--help`.
-    """
-    known = fields(TrainConfig)
-    parser = argparse.ArgumentParser(
-        prog="vllm-lora train",
-        description="Train a LoRA adapter on rows of instruction, input and output.",
-        allow_abbrev=False,
-    )
-    parser.add_argument("--config", metavar="FILE.yaml", help="settings from a file; flags win")
-    for item in known:
-        _add_flag(parser, item)
-    given = vars(parser.parse_args(argv))
-    path = given.pop("config", None)
-    values = {**(_read_yaml(Path(path)) if path else {}), **given}
-    missing = [
-        f"--{item.name.replace('_', '-')}"
-        for item in known
-        if item.default is dataclasses.MISSING and item.name not in values
-    ]
-    if missing:
-        parser.error(f"these are needed, as flags or in --config: {', '.join(missing)}")
-    return TrainConfig(**values)
-
-
-def _add_flag(parser: argparse.ArgumentParser, item: dataclasses.Field[Any]) -> None:
-    options: dict[str, Any] = dict(item.metadata)
-    text = options["help"]
-    if item.default not in (dataclasses.MISSING, False, None):
-        shown = " ".join(item.default) if isinstance(item.default, tuple) else item.default
-        text += f" (default: {shown})"
-    options["help"] = text
-    if item.type == "bool":
-        options["action"] = argparse.BooleanOptionalAction
-    else:
-        options["type"] = {"int": int, "float": float}.get(_kind(item), str)
-        if options.get("nargs"):
-            options["action"] = _Tuple
-    parser.add_argument(f"--{item.name.replace('_', '-')}", default=argparse.SUPPRESS, **options)
-
-
-def _kind(item: dataclasses.Field[Any]) -> str:
-    """The field's type as it is written, without the `None` of an open default."""
-    return str(item.type).removesuffix(" | None")
-
-
-class _Tuple(argparse.Action):
-    """Store a list flag as a tuple, so that the config stays frozen."""
-
-    def __call__(
-        self,
-        parser: argparse.ArgumentParser,
-        namespace: argparse.Namespace,
-        values: Any,
-        option_string: str | None = None,
-    ) -> None:
-        setattr(namespace, self.dest, tuple(values))
-
-
-def _read_yaml(path: Path) -> dict[str, Any]:
-    import yaml
-
-    try:
-        body = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise BadSetting(str(path), f"cannot be read as YAML ({error})", "Check --config.") from error
-    if not isinstance(body, dict):
-        raise BadSetting(str(path), "must hold settings as `key: value`", "See examples/classic.yaml.")
-    known = {item.name: item for item in fields(TrainConfig)}
-    values = {}
-    for raw_key, value in body.items():
-        key = str(raw_key).replace("-", "_")
-        if key not in known:
-            close = ", ".join(sorted(known))
-            raise BadSetting(f"{path}: {raw_key}", "is no setting", f"The settings are: {close}.")
-        values[key] = _typed(f"{path}: {raw_key}", value, known[key])
-    return values
-
-
-def _typed(where: str, value: Any, item: dataclasses.Field[Any]) -> Any:
-    """A YAML value as the field's type; a lone string where several may stand is one of them."""
-    kind = _kind(item)
-    if kind.startswith("tuple"):
-        if isinstance(value, list) and value and all(isinstance(part, str) for part in value):
-            return tuple(value)
-        if isinstance(value, str):
-            return (value,)
-    elif kind == "float" and isinstance(value, int | float | str) and not isinstance(value, bool):
-        try:  # YAML 1.1 reads 5e-5 as text
-            return float(value)
-        except ValueError:
-            pass
-    elif type(value).__name__ == kind:
-        choices = item.metadata.get("choices")
-        if not choices or value in choices:
-            return value
-    raise BadSetting(where, f"{value!r} does not fit ({kind})", "Run `vllm-lora train --help`.")

@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 
 from tests.conftest import ROOT
-from train.config import ALL_PROJECTIONS, TrainConfig, default_learning_rate, parse_config
+from train.arguments import parse_config
+from train.config import ALL_PROJECTIONS, TrainConfig, default_learning_rate
 from vllm_lora_ext.errors import BadSetting
 
 NEEDED = ["--base-model", "base", "--data", "id.json", "--name", "xiaoli", "--output-dir", "adapters"]
@@ -116,3 +117,25 @@ def test_a_base_folder_is_noted_by_its_full_path(tmp_path: Path, monkeypatch: py
     monkeypatch.chdir(tmp_path)
     assert parse_config(NEEDED).base_path == str(tmp_path / "base")
     assert TrainConfig("org/model", ("a",), "x", "o").base_path == "org/model"
+
+
+def test_a_printed_config_is_a_file_that_gives_the_same_run(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    flags = [*NEEDED, "--lora-r", "4", "--probe", "Who are you?=小李", "--data-weights", "2"]
+    with pytest.raises(SystemExit) as ended:
+        parse_config([*flags, "--print-config"])
+    file = tmp_path / "run.yaml"
+    file.write_text(capsys.readouterr().out)
+    assert ended.value.code == 0
+    assert parse_config(["--config", str(file)]) == parse_config(flags)
+
+
+def test_an_unknown_key_is_answered_with_the_nearest(tmp_path: Path) -> None:
+    file = tmp_path / "run.yaml"
+    file.write_text("lora_rank: 8\nreport_to: [none]\n")
+    with pytest.raises(BadSetting, match=r"lora_rank: is no setting\. Did you mean lora_r"):
+        parse_config([*NEEDED, "--config", str(file)])
+    file.write_text("report_to: [tensorbord]\n")
+    with pytest.raises(BadSetting, match="Did you mean tensorboard"):
+        parse_config([*NEEDED, "--config", str(file)])
