@@ -4,27 +4,18 @@ from __future__ import annotations
 
 import hashlib
 import json
-import random
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from train.rows import Row, split_rows
 from vllm_lora_ext.errors import BadData
+
+__all__ = ["Row", "digest_of", "read_rows", "split_rows"]
 
 _PLACEHOLDER = re.compile(r"\{\{\s*\w+\s*\}\}")
 _SHOWN = 5  # bad rows named per message; the count says how many there are
-
-
-@dataclass(frozen=True)
-class Row:
-    """One question with its answer; `where` is file and 1-based row number, for messages."""
-
-    instruction: str
-    input: str
-    output: str
-    where: str
 
 
 def read_rows(paths: Sequence[str]) -> list[Row]:
@@ -38,7 +29,7 @@ def read_rows(paths: Sequence[str]) -> list[Row]:
     unfilled = [
         (row, found[0])
         for row in rows
-        if (found := _PLACEHOLDER.findall(f"{row.instruction}\n{row.input}\n{row.output}"))
+        if (found := _PLACEHOLDER.findall("\n".join(f"{m.content}\n{m.input}" for m in row.messages)))
     ]
     if unfilled:
         shown = "; ".join(f"{row.where} holds {text}" for row, text in unfilled[:_SHOWN])
@@ -49,16 +40,6 @@ def read_rows(paths: Sequence[str]) -> list[Row]:
             "Replace each one by what the identity should say.",
         )
     return rows
-
-
-def split_rows(rows: Sequence[Row], share: float, seed: int) -> tuple[list[Row], list[Row]]:
-    """Rows to train on and rows held out, the same for the same seed; at least one stays to train on."""
-    held = min(round(len(rows) * share), len(rows) - 1)
-    order = list(range(len(rows)))
-    random.Random(seed).shuffle(order)
-    chosen = set(order[:held])
-    training = [row for i, row in enumerate(rows) if i not in chosen]
-    return training, [rows[i] for i in sorted(chosen)]
 
 
 def digest_of(paths: Sequence[str]) -> str:
@@ -100,7 +81,7 @@ def _read_row(row: Any, where: str) -> Row:
         raise BadData(where, "`output` is empty", "Write the answer, or remove the row.")
     if not (instruction + extra).strip():
         raise BadData(where, "`instruction` is empty", "Write the question, or remove the row.")
-    return Row(instruction, extra, output, where)
+    return Row.of(instruction, extra, output, where)
 
 
 def _text(row: dict[str, Any], key: str, where: str) -> str:

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from train.data import Row
+from train.rows import ASSISTANT, USER, Message, Row
 from vllm_lora_ext.errors import BadBaseModel, BadData
 from vllm_lora_ext.prompt_text import text_template
 
@@ -19,6 +19,9 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 IGNORED = -100  # label of a token that carries no loss (torch.nn.CrossEntropyLoss)
+REWRITTEN = "rewritten"  # the template writes something else in front of an answer than it asks with
+END_ADDED = "end added"  # the template does not end an answer with the end token
+CUT = "cut"  # the answer's own text holds the end token, and ends there
 
 
 @dataclass(frozen=True)
@@ -28,21 +31,51 @@ class PromptForm:
     template: str
     separator: str = "\n"
 
+    def text(self, message: Message) -> str:
+        """A turn as a client sends it: one text."""
+        if message.input is None:
+            return message.content
+        return self.separator.join([message.content, message.input]).rstrip()
+
     def message(self, row: Row) -> str:
-        """What a client sends as the user's message to ask this row's question."""
-        return self.separator.join([row.instruction, row.input]).rstrip()
+        """What a client sends as the user's message to ask this row's last question."""
+        return self.text([turn for turn in row.messages if turn.role == USER][-1])
+
+    def chat(self, row: Row) -> list[dict[str, str]]:
+        """All turns of the row as a client sends them."""
+        return [{"role": turn.role, "content": self.text(turn)} for turn in row.messages]
 
 
 @dataclass(frozen=True)
 class Example:
-    """Token ids of prompt and answer; the first `prompt_length` carry no loss."""
+    """Token ids of a conversation; `trained` are the (start, end) of the tokens that carry loss.
+
+    The spans are in order and do not overlap: each is an answer with its end token. `where` is the row's
+    place; `quirks` are what the template did that the lint should know.
+    """
 
     input_ids: tuple[int, ...]
-    prompt_length: int
+    trained: tuple[tuple[int, int], ...]
+    where: str = ""
+    quirks: frozenset[str] = frozenset()
 
     @property
     def labels(self) -> tuple[int, ...]:
-        return (IGNORED,) * self.prompt_length + self.input_ids[self.prompt_length :]
+        """As long as `input_ids`: a trained token's id, `IGNORED` elsewhere."""
+        labels = [IGNORED] * len(self.input_ids)
+        for start, end in self.trained:
+            labels[start:end] = self.input_ids[start:end]
+        return tuple(labels)
+
+    @property
+    def trained_tokens(self) -> int:
+        """How many tokens carry loss."""
+        return sum(end - start for start, end in self.trained)
+
+    @property
+    def prompt_length(self) -> int:
+        """How many tokens stand in front of the first answer that is trained."""
+        return self.trained[0][0]
 
 
 def prompt_form(prompt_template: str, tokenizer: PreTrainedTokenizerBase) -> PromptForm:
@@ -95,42 +128,92 @@ def _adds_begin(tokenizer: PreTrainedTokenizerBase) -> bool:
     return tokenizer.bos_token_id is not None and tokenizer("a")["input_ids"][:1] == [tokenizer.bos_token_id]
 
 
-def encode_row(row: Row, form: PromptForm, tokenizer: PreTrainedTokenizerBase) -> Example:
-    """Ids of the prompt as the server will render it, then of the answer and its end token.
+def encode_row(row: Row, form: PromptForm, tokenizer: PreTrainedTokenizerBase) -> list[Example]:
+    """The row's conversation as few examples as the template allows: one, unless it rewrites earlier turns.
 
-    Prompt and answer are tokenised apart, because the server tokenises the
-    prompt alone: no token may reach across the border.
+    In front of each answer stand exactly the ids that the server makes of the chat so far. Prompt and
+    answer are tokenised apart, because the server tokenises the prompt alone: no token may reach across the
+    border. Where the ids so far are no beginning of the next prompt (Qwen3 drops earlier thoughts, a text
+    form's lead-in grows together with the answer), a new example begins, whose earlier answers carry no
+    loss again. A row whose answers are all untrained has no example.
+
+    Raises:
+        BadData: the template cannot render the conversation.
     """
-    messages = [{"role": "user", "content": form.message(row)}]
-    prompt = str(
-        tokenizer.apply_chat_template(
-            messages, chat_template=form.template, add_generation_prompt=True, tokenize=False
-        )
-    )
-    prompt_ids = tokenizer(prompt, add_special_tokens=False)["input_ids"]
-    answer = _answer_text(prompt, messages, row.output, form, tokenizer)
-    answer_ids = tokenizer(answer, add_special_tokens=False)["input_ids"]
-    end = tokenizer.eos_token_id
-    end_at = answer_ids.index(end) if end in answer_ids else len(answer_ids)
-    return Example((*prompt_ids, *answer_ids[:end_at], end), len(prompt_ids))
+    chat = form.chat(row)
+    examples: list[Example] = []
+    ids: list[int] = []
+    trained: list[tuple[int, int]] = []
+    quirks: set[str] = set()
+
+    def finish() -> None:
+        if trained:
+            examples.append(Example(tuple(ids), tuple(trained), row.where, frozenset(quirks)))
+
+    for place, message in enumerate(row.messages):
+        if message.role != ASSISTANT:
+            continue
+        prompt = _render(chat[:place], True, row, form, tokenizer)
+        prompt_ids = _ids(prompt, tokenizer)
+        if prompt_ids[: len(ids)] != ids:
+            finish()
+            trained, quirks = [], set()
+        answer, seen = _answer_ids(prompt, chat[: place + 1], row, form, tokenizer)
+        ids = prompt_ids + answer
+        if message.trained:
+            trained.append((len(prompt_ids), len(ids)))
+            quirks |= seen
+    finish()
+    return examples
 
 
-def _answer_text(
-    prompt: str,
-    messages: list[dict[str, str]],
-    output: str,
+def _answer_ids(
+    prompt: str, chat: list[dict[str, str]], row: Row, form: PromptForm, tokenizer: PreTrainedTokenizerBase
+) -> tuple[list[int], set[str]]:
+    """Ids of the last turn as the template writes it behind `prompt`, with the end token; and quirks."""
+    output, quirks = chat[-1]["content"], set()
+    whole = _render(chat, False, row, form, tokenizer)
+    if whole.startswith(prompt):
+        answer = whole[len(prompt) :]
+    else:
+        answer = output
+        quirks.add(REWRITTEN)
+    ids, end = _ids(answer, tokenizer), tokenizer.eos_token_id
+    if end not in ids:
+        if answer != output:
+            quirks.add(END_ADDED)
+        return [*ids, end], quirks
+    if str(tokenizer.eos_token) in output:
+        quirks.add(CUT)
+    return ids[: ids.index(end) + 1], quirks
+
+
+def _ids(text: str, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    return list(tokenizer(text, add_special_tokens=False)["input_ids"])
+
+
+def _render(
+    chat: list[dict[str, str]],
+    asks: bool,
+    row: Row,
     form: PromptForm,
     tokenizer: PreTrainedTokenizerBase,
 ) -> str:
-    """What the template puts behind the prompt for this answer; the bare answer if it rewrites the prompt."""
-    whole = str(
-        tokenizer.apply_chat_template(
-            [*messages, {"role": "assistant", "content": output}],
-            chat_template=form.template,
-            tokenize=False,
+    """The chat as text; with `asks`, ending where an answer begins."""
+    import jinja2
+
+    try:
+        text = tokenizer.apply_chat_template(
+            chat, chat_template=form.template, add_generation_prompt=asks, tokenize=False
         )
-    )
-    return whole[len(prompt) :] if whole.startswith(prompt) else output
+    except (jinja2.TemplateError, TypeError, ValueError) as error:
+        roles = ", ".join(turn["role"] for turn in chat)
+        raise BadData(
+            row.where,
+            f"the chat template cannot render its turns {roles} ({error})",
+            "Change the row, or choose another --prompt-template.",
+        ) from error
+    return str(text)
 
 
 def encode_rows(
@@ -142,17 +225,20 @@ def encode_rows(
     token and teach the model never to stop.
 
     Raises:
-        BadData: no row fits.
+        BadData: no row fits, or the template cannot render one.
     """
-    examples, too_long, longest = [], [], 0
+    examples: list[Example] = []
+    too_long: list[Row] = []
+    longest = 0
     for row in rows:
-        example = encode_row(row, form, tokenizer)
-        longest = max(longest, len(example.input_ids))
-        if len(example.input_ids) <= max_length:
-            examples.append(example)
+        made = encode_row(row, form, tokenizer)
+        length = max((len(example.input_ids) for example in made), default=0)
+        longest = max(longest, length)
+        if length <= max_length:
+            examples += made
         else:
             too_long.append(row)
-    if rows and not examples:
+    if rows and len(too_long) == len(rows):
         raise BadData(
             f"all {len(rows)} rows",
             f"are longer than --max-length {max_length} tokens",

@@ -8,7 +8,8 @@ from typing import Any
 
 import pytest
 
-from train.data import Row, digest_of, read_rows, split_rows
+from train.data import digest_of, read_rows
+from train.rows import Row, split_rows
 from vllm_lora_ext.errors import BadData
 
 GOOD = {"instruction": "Who are you?", "input": "", "output": "I am 小李."}
@@ -24,12 +25,12 @@ def test_rows_of_several_files_keep_their_order(tmp_path: Path) -> None:
     path = write(tmp_path, [GOOD, {"instruction": "2+2", "output": "4"}])
     rows = read_rows([path, path])
     assert [row.output for row in rows] == ["I am 小李.", "4", "I am 小李.", "4"]
-    assert rows[1] == Row("2+2", "", "4", f"{path} row 2")
+    assert rows[1] == Row.of("2+2", "", "4", f"{path} row 2")
 
 
 def test_a_byte_order_mark_and_a_null_input_do_not_matter(tmp_path: Path) -> None:
     path = write(tmp_path, "\ufeff" + json.dumps([{**GOOD, "input": None}]))
-    assert read_rows([path])[0].input == ""
+    assert read_rows([path])[0].messages[0].input == ""
 
 
 @pytest.mark.parametrize(
@@ -61,7 +62,7 @@ def test_a_missing_file_is_named() -> None:
 
 
 def test_the_same_seed_holds_out_the_same_rows() -> None:
-    rows = [Row(str(i), "", "x", f"row {i}") for i in range(50)]
+    rows = [Row.of(str(i), "", "x", f"row {i}") for i in range(50)]
     training, held = split_rows(rows, 0.1, seed=1)
     assert (len(training), len(held)) == (45, 5)
     assert sorted([*training, *held], key=rows.index) == rows
@@ -70,7 +71,7 @@ def test_the_same_seed_holds_out_the_same_rows() -> None:
 
 
 def test_a_single_row_is_trained_on() -> None:
-    row = Row("a", "", "b", "row 1")
+    row = Row.of("a", "", "b", "row 1")
     assert split_rows([row], 0.9, seed=0) == ([row], [])
 
 

@@ -10,8 +10,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tests.conftest import ROOT
-from train.data import Row, read_rows
+from train.data import read_rows
 from train.prompts import IGNORED, PromptForm, encode_row, encode_rows, prompt_form
+from train.rows import Row
 from vllm_lora_ext.errors import BadBaseModel, BadData, BadSetting
 from vllm_lora_ext.prompt_text import CLASSIC
 
@@ -21,7 +22,8 @@ TEXT = st.text(st.characters(exclude_categories=("Cs",)), max_size=40)
 
 def classic_ids(row: Row, tokenizer: Any) -> list[int]:
     """The classic script, line for line."""
-    prompt = "\n".join(["Human: " + row.instruction, row.input]).strip() + "\n\nAssistant: "
+    question = row.messages[0]
+    prompt = "\n".join(["Human: " + question.content, question.input or ""]).strip() + "\n\nAssistant: "
     return list(tokenizer(prompt)["input_ids"] + tokenizer(row.output + tokenizer.eos_token)["input_ids"])
 
 
@@ -38,32 +40,36 @@ def endpoint_ids(row: Row, form: PromptForm, tokenizer: Any) -> list[int]:
 @pytest.mark.parametrize("template", ["classic", CLASSIC, CLASSIC.replace("\n", "\\n")])
 def test_every_row_has_the_classic_scripts_ids(tokenizer: Any, template: str) -> None:
     form = prompt_form(template, tokenizer)
-    rows = [*read_rows(IDENTITIES), Row("Add", "1 and 2", "3", ""), Row(" Translate ", " hi\n", "你好", "")]
+    rows = [
+        *read_rows(IDENTITIES),
+        Row.of("Add", "1 and 2", "3", ""),
+        Row.of(" Translate ", " hi\n", "你好", ""),
+    ]
     for row in rows:
-        assert list(encode_row(row, form, tokenizer).input_ids) == classic_ids(row, tokenizer)
+        assert list(encode_row(row, form, tokenizer)[0].input_ids) == classic_ids(row, tokenizer)
 
 
 @given(instruction=TEXT, extra=TEXT, output=TEXT.filter(lambda text: "<|" not in text))
 def test_any_text_has_the_classic_scripts_ids(
     tokenizer: Any, instruction: str, extra: str, output: str
 ) -> None:
-    row = Row(instruction, extra, output, "")
+    row = Row.of(instruction, extra, output, "")
     form = prompt_form("classic", tokenizer)
-    assert list(encode_row(row, form, tokenizer).input_ids) == classic_ids(row, tokenizer)
+    assert list(encode_row(row, form, tokenizer)[0].input_ids) == classic_ids(row, tokenizer)
 
 
 @pytest.mark.parametrize("template", ["chat", "classic", "Q: {instruction}\\nA: ", "{instruction} {input}=>"])
 def test_the_endpoint_renders_the_ids_that_were_trained(tokenizer: Any, template: str) -> None:
     form = prompt_form(template, tokenizer)
     for row in read_rows(IDENTITIES):
-        example = encode_row(row, form, tokenizer)
+        [example] = encode_row(row, form, tokenizer)
         assert endpoint_ids(row, form, tokenizer) == list(example.input_ids[: example.prompt_length])
 
 
 @pytest.mark.parametrize("template", ["chat", "classic"])
 def test_the_loss_is_on_the_answer_and_its_end_token_only(tokenizer: Any, template: str) -> None:
-    row = Row("Who are you?", "", "I am 小李.", "")
-    example = encode_row(row, prompt_form(template, tokenizer), tokenizer)
+    row = Row.of("Who are you?", "", "I am 小李.", "")
+    [example] = encode_row(row, prompt_form(template, tokenizer), tokenizer)
     answer = example.input_ids[example.prompt_length :]
     assert answer[-1] == tokenizer.eos_token_id
     assert tokenizer.decode(answer[:-1]) == "I am 小李."
@@ -72,7 +78,7 @@ def test_the_loss_is_on_the_answer_and_its_end_token_only(tokenizer: Any, templa
 
 def test_an_empty_input_drops_its_line(tokenizer: Any) -> None:
     form = prompt_form("classic", tokenizer)
-    ids = endpoint_ids(Row("Hello", "", "x", ""), form, tokenizer)
+    ids = endpoint_ids(Row.of("Hello", "", "x", ""), form, tokenizer)
     assert tokenizer.decode(ids) == "Human: Hello\n\nAssistant: "
 
 
@@ -92,7 +98,7 @@ def test_a_conversation_keeps_its_turns_and_its_system_message(tokenizer: Any) -
 
 def test_quotes_braces_and_emoji_in_a_template_survive(tokenizer: Any) -> None:
     form = prompt_form("'\"问 😀 {instruction}\\n{input}\\n\\n答:", tokenizer)
-    ids = endpoint_ids(Row("a", "b", "c", ""), form, tokenizer)
+    ids = endpoint_ids(Row.of("a", "b", "c", ""), form, tokenizer)
     assert tokenizer.decode(ids) == "'\"问 😀 a\nb\n\n答:"
 
 
@@ -120,7 +126,7 @@ def test_a_tokenizer_with_a_begin_token_gets_it_from_the_template(recipe: Any) -
     tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
         single="<|im_start|> $A", special_tokens=[("<|im_start|>", tokenizer.bos_token_id)]
     )
-    example = encode_row(Row("Hi", "", "Hello", ""), prompt_form("classic", tokenizer), tokenizer)
+    [example] = encode_row(Row.of("Hi", "", "Hello", ""), prompt_form("classic", tokenizer), tokenizer)
     assert (
         list(example.input_ids[: example.prompt_length]) == tokenizer("Human: Hi\n\nAssistant: ")["input_ids"]
     )
@@ -128,7 +134,7 @@ def test_a_tokenizer_with_a_begin_token_gets_it_from_the_template(recipe: Any) -
 
 
 def test_rows_that_are_too_long_are_left_out_whole(tokenizer: Any) -> None:
-    rows = [Row("short", "", "yes", "row 1"), Row("long " * 300, "", "no", "row 2")]
+    rows = [Row.of("short", "", "yes", "row 1"), Row.of("long " * 300, "", "no", "row 2")]
     examples, too_long = encode_rows(rows, prompt_form("chat", tokenizer), tokenizer, 64)
     assert len(examples) == 1
     assert too_long == [rows[1]]
