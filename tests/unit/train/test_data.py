@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 
-from train.data import digest_of, read_rows
-from train.rows import Row, split_rows
+from train.data import digest_of, read_data, read_rows
+from train.rows import Row
 from vllm_lora_ext.errors import BadData
 
 GOOD = {"instruction": "Who are you?", "input": "", "output": "I am 小李."}
@@ -38,7 +38,8 @@ def test_a_byte_order_mark_and_a_null_input_do_not_matter(tmp_path: Path) -> Non
     [
         ("", "holds no row"),
         ("[]", "holds no row"),
-        ("{", "cannot be read as JSON"),
+        ("{", r"line 1: is cut off: expected a whole JSON object"),
+        ("[{]", r"line 1: cannot be read as JSON: expected a JSON object"),
         ("{}", "holds a dict"),
         ([GOOD, "text"], r"row 2: must be an object, is a str"),
         ([{"instruction": "a"}], r"row 1: has no `output`"),
@@ -46,9 +47,9 @@ def test_a_byte_order_mark_and_a_null_input_do_not_matter(tmp_path: Path) -> Non
         ([{**GOOD, "output": 4}], r"row 1: `output` must be text"),
         ([{**GOOD, "output": " "}], r"row 1: `output` is empty"),
         ([{**GOOD, "instruction": ""}], r"row 1: `instruction` is empty"),
-        ([GOOD, {**GOOD, "output": "I am {{name}}."}], r"row 2 holds \{\{name\}\}.*1 of 2 rows"),
+        ([GOOD, {**GOOD, "output": "I am {{name}}."}], r"row 2: holds \{\{name\}\}.*1 of 2 rows"),
         ([{**GOOD, "output": "\ud800"}], r"row 1: `output` holds half a character"),
-        ([{**GOOD, "input": "{{ author }}"}], r"row 1 holds \{\{ author \}\}"),
+        ([{**GOOD, "input": "{{ author }}"}], r"row 1: holds \{\{ author \}\}"),
     ],
 )
 def test_what_cannot_be_trained_on_is_named(tmp_path: Path, body: Any, message: str) -> None:
@@ -61,18 +62,23 @@ def test_a_missing_file_is_named() -> None:
         read_rows(["nowhere.json"])
 
 
-def test_the_same_seed_holds_out_the_same_rows() -> None:
-    rows = [Row.of(str(i), "", "x", f"row {i}") for i in range(50)]
-    training, held = split_rows(rows, 0.1, seed=1)
-    assert (len(training), len(held)) == (45, 5)
-    assert sorted([*training, *held], key=rows.index) == rows
-    assert split_rows(rows, 0.1, seed=1) == (training, held)
-    assert split_rows(rows, 0.1, seed=2)[1] != held
+@pytest.mark.parametrize(
+    "name", ["./gone", "/gone/gone", "gone.jsonl", "gone.parquet", "a/b/c", "x" * 300 + ".csv"]
+)
+def test_what_is_meant_as_a_path_is_not_looked_for_on_the_hub(name: str) -> None:
+    with pytest.raises(BadData, match="no such file"):
+        read_rows([name])
 
 
-def test_a_single_row_is_trained_on() -> None:
-    row = Row.of("a", "", "b", "row 1")
-    assert split_rows([row], 0.9, seed=0) == ([row], [])
+def test_a_column_that_no_row_has_is_refused(tmp_path: Path) -> None:
+    path = write(tmp_path, [GOOD])
+    with pytest.raises(BadData, match=r"--columns system=sytem: .* There are input, instruction, output"):
+        read_data([path], ["system=sytem"])
+
+
+def test_rows_know_their_file(tmp_path: Path) -> None:
+    path = write(tmp_path, [GOOD])
+    assert [row.source for row in read_data([path, path]).rows] == [0, 1]
 
 
 def test_the_digest_sees_every_byte(tmp_path: Path) -> None:
