@@ -7,17 +7,21 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
 from vllm_lora_ext.errors import BadSetting
 from vllm_lora_ext.names import judge_name
+from vllm_lora_ext.peft_config import judge_patterns
 from vllm_lora_ext.spec import ALLOWED_MAX_LORA_RANKS
 
 ALL_PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+ALL_LINEAR = "all-linear"  # PEFT's word for every linear module but the head
 METHODS = ("lora", "dora", "qlora", "full")
 INITS = ("default", "gaussian", "pissa", "pissa_niter_4", "olora", "orthogonal")
+_DORA_INITS = ("default", "gaussian", "orthogonal")
 REPORTERS = ("none", "tensorboard", "wandb", "mlflow")
 
 
@@ -151,6 +155,52 @@ class TrainConfig:
                 )
         for finding in judge_name(self.name):
             raise BadSetting(f"--name {finding.item}", finding.rule, "Choose another --name.")
+        patterns = {"rank_pattern": self.ranks, "alpha_pattern": self.alphas}
+        for finding in judge_patterns(patterns):
+            raise BadSetting(f"--{finding.item.replace('_', '-')}", finding.rule, finding.fix)
+        for item, rule, fix in self._contradictions():
+            raise BadSetting(item, rule, fix)
+
+    def _contradictions(self) -> Iterator[tuple[str, str, str]]:
+        """Settings of which each is in range, and which make no sense together: item, rule, fix."""
+        method, init = f"--method {self.method}", f"--init-lora-weights {self.init_lora_weights}"
+        if ALL_LINEAR in self.target_modules and len(self.target_modules) > 1:
+            yield "--target-modules", f"{ALL_LINEAR} already means every module", "Name no other beside it."
+        if self.method == "full":
+            for_lora = ("use_rslora", "rank_pattern", "alpha_pattern", "init_lora_weights")
+            for item in fields(self):
+                if item.name in for_lora and getattr(self, item.name) != item.default:
+                    rule = "is about an adapter, and --method full trains none"
+                    yield f"--{item.name.replace('_', '-')}", rule, "Leave it out, or use --method lora."
+            if self.dtype not in ("auto", "float32"):
+                rule = f"cannot be had with {method}, which trains the weights themselves, in float32"
+                yield f"--dtype {self.dtype}", rule, "Leave it out; they are saved in the base's own dtype."
+        if self.method == "dora" and self.init_lora_weights not in _DORA_INITS:
+            yield init, f"is not for {method}", f"Use one of {', '.join(_DORA_INITS)}."
+        if self.method == "dora" and self.serve_check:
+            rule = "vLLM cannot serve DoRA"
+            yield method, rule, "Add --no-serve-check to train it all the same, or use --method lora."
+        odd = [rank for rank in (self.lora_r, *self.ranks.values()) if rank % 2]
+        if self.init_lora_weights == "orthogonal" and odd:
+            yield init, f"needs even ranks, and there is {odd[0]}", "Change --lora-r or --rank-pattern."
+
+    @property
+    def ranks(self) -> dict[str, int]:
+        """`--rank-pattern` as PEFT's `rank_pattern`: end of a module's name -> rank.
+
+        Raises:
+            BadSetting: a part is not MODULE=RANK.
+        """
+        return {name: int(rank) for name, rank in _pairs("--rank-pattern", self.rank_pattern, int)}
+
+    @property
+    def alphas(self) -> dict[str, float]:
+        """`--alpha-pattern` as PEFT's `alpha_pattern`: end of a module's name -> alpha.
+
+        Raises:
+            BadSetting: a part is not MODULE=ALPHA.
+        """
+        return dict(_pairs("--alpha-pattern", self.alpha_pattern, float))
 
     def _rules(self) -> dict[str, bool]:
         """Setting -> whether it is in range."""
@@ -194,6 +244,21 @@ class TrainConfig:
     def checkpoint_dir(self) -> Path:
         """Where a run keeps its checkpoints until it is finished: hidden, so never served."""
         return self.adapter_dir.with_name(f".{self.adapter_dir.name}.training")
+
+
+def _pairs(flag: str, parts: Sequence[str], number: Callable[[str], float]) -> Iterator[tuple[str, float]]:
+    """`name=number` as pairs."""
+    seen = set()
+    for part in parts:
+        name, _, text = part.partition("=")
+        try:
+            value = number(text)
+        except ValueError:
+            raise BadSetting(f"{flag} {part}", "is not MODULE=NUMBER", "Write it as in q_proj=8.") from None
+        if name in seen:
+            raise BadSetting(f"{flag} {part}", f"states {name} a second time", "Leave one of them out.")
+        seen.add(name)
+        yield name, value
 
 
 def planned_steps(num_rows: int, config: TrainConfig) -> int:

@@ -1,23 +1,51 @@
-"""A trained model becomes an adapter folder: complete under its name, or not there at all."""
+"""A trained model becomes a folder, of an adapter or of a whole model: complete, or not there at all."""
 
 from __future__ import annotations
 
 import dataclasses
+import errno
 import hashlib
+import json
 import os
 import shutil
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from vllm_lora_ext.contract import Identity, is_ours, write_contract
-from vllm_lora_ext.errors import BadSetting, OutputExists
+from train.adapter_files import adapter_config, adapter_tensors
+from train.model import first_line
+from vllm_lora_ext.contract import GENERATION_FILE, Identity, is_ours, write_contract
+from vllm_lora_ext.errors import BadSetting, OutputExists, TrainingFailed
+from vllm_lora_ext.files import sync_folder
 from vllm_lora_ext.peft_format import CONFIG_FILE, WEIGHTS_FILE
 
 if TYPE_CHECKING:
+    import torch
     from peft import PeftModel
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+_FULL = (errno.ENOSPC, errno.EDQUOT)
+
+
+def _nothing(folder: Path) -> None:
+    """No further files."""
+
+
+@dataclass(frozen=True)
+class Extras:
+    """What a folder gets beside the weights, and what a person is told if it cannot be written.
+
+    `write` is called with the folder before it has its name, and puts further files there (a model card, a
+    log). `sampling` are defaults of requests, by the names of `generation_config.json`. `checkpoint` is
+    where the trained weights lie meanwhile.
+    """
+
+    write: Callable[[Path], None] = _nothing
+    sampling: Mapping[str, float] = field(default_factory=dict)
+    checkpoint: Path | None = None
 
 
 def check_output(folder: Path, overwrite: bool) -> None:
@@ -82,16 +110,106 @@ def finished_folder(folder: Path, overwrite: bool = False) -> Iterator[Path]:
         shutil.rmtree(previous, ignore_errors=True)
 
 
-def export_adapter(model: PeftModel, folder: Path, identity: Identity, overwrite: bool) -> None:
-    """Write the PEFT folder with its trained template and `identity.json` to `folder`.
+def export_adapter(
+    model: PeftModel,
+    folder: Path,
+    identity: Identity,
+    overwrite: bool,
+    extras: Extras = Extras(),
+) -> None:
+    """Write a PEFT folder with its trained template, chat settings and `identity.json` to `folder`.
 
-    `identity.json` states the digests of config and weights, so that a half-copied folder is noticed.
+    The weights are float32, as they were trained. `identity.json` states the digests of config and weights,
+    so that a half-copied folder is noticed.
+
+    Raises:
+        OutputExists, BadSetting: as `check_output`.
+        TrainingFailed: it could not be written; nothing of it is left.
     """
-    with finished_folder(folder, overwrite) as staging:
-        model.save_pretrained(str(staging))
-        (staging / "README.md").unlink(missing_ok=True)  # PEFT's model card is an empty form
-        digests = {name: _sha256(staging / name) for name in (CONFIG_FILE, WEIGHTS_FILE)}
-        write_contract(staging, dataclasses.replace(identity, files=digests))
+    from safetensors.torch import save_file
+
+    with _written_whole(folder, overwrite, extras) as staging:
+        config = json.dumps(adapter_config(model), indent=2, ensure_ascii=False) + "\n"
+        (staging / CONFIG_FILE).write_text(config, encoding="utf-8")
+        save_file(adapter_tensors(model), staging / WEIGHTS_FILE, metadata={"format": "pt"})
+        _write_chat(staging, identity, (CONFIG_FILE, WEIGHTS_FILE), extras)
+
+
+def export_model(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    folder: Path,
+    identity: Identity,
+    overwrite: bool,
+    dtype: torch.dtype,
+    extras: Extras = Extras(),
+) -> None:
+    """Write a whole model, with tokenizer, chat template and `identity.json`, to `folder`.
+
+    `model` itself is cast to `dtype`, the one that its base is stored in: each weight is rounded once, here.
+    A base model's system prompt has no other place than its template, so it is put in there.
+
+    Raises:
+        OutputExists, BadSetting: as `check_output`.
+        TrainingFailed: it could not be written; nothing of it is left.
+    """
+    identity = dataclasses.replace(identity, template=_with_system_prompt(identity))
+    tokenizer.chat_template = identity.template
+    with _written_whole(folder, overwrite, extras) as staging:
+        model.to(dtype=dtype).save_pretrained(str(staging))
+        tokenizer.save_pretrained(str(staging))
+        files = sorted(path.name for path in staging.glob("*.safetensors"))
+        _write_chat(staging, identity, ("config.json", *files), extras)
+
+
+def _with_system_prompt(identity: Identity) -> str:
+    """The template, in front of which a conversation without a system message gets the identity's."""
+    if not identity.system_prompt:
+        return identity.template
+    message = json.dumps({"role": "system", "content": identity.system_prompt}, ensure_ascii=False)
+    return (
+        "{%- if messages[0]['role'] != 'system' %}"
+        f"{{%- set messages = [{message}] + messages %}}"
+        "{%- endif %}" + identity.template
+    )
+
+
+@contextmanager
+def _written_whole(folder: Path, overwrite: bool, extras: Extras) -> Iterator[Path]:
+    """As `finished_folder`, with a message of its own for a disk that is full or broken."""
+    from safetensors import SafetensorError
+
+    try:
+        with finished_folder(folder, overwrite) as staging:
+            yield staging
+            for path in staging.iterdir():
+                _sync(path)
+        sync_folder(folder.parent)
+    except (OSError, SafetensorError) as error:  # safetensors has its own error for what the system says
+        full = getattr(error, "errno", None) in _FULL or "StorageFull" in str(error)
+        reason = "the disk is full" if full else getattr(error, "strerror", None) or first_line(error)
+        fix = "Free some space, or choose another --output-dir; nothing half-written is left."
+        if extras.checkpoint is not None:
+            fix += f" What was trained is in {extras.checkpoint}; --resume goes on from there."
+        raise TrainingFailed(str(folder), f"cannot be written ({reason})", fix) from error
+
+
+def _write_chat(staging: Path, identity: Identity, digested: Sequence[str], extras: Extras) -> None:
+    """What else stands in the folder; sampling defaults join those that are there."""
+    if extras.sampling:
+        path = staging / GENERATION_FILE
+        known = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+        body = json.dumps({**known, "do_sample": True, **extras.sampling}, indent=2) + "\n"
+        path.write_text(body, encoding="utf-8")
+    extras.write(staging)
+    digests = {name: _sha256(staging / name) for name in digested}
+    write_contract(staging, dataclasses.replace(identity, files=digests))
+
+
+def _sync(path: Path) -> None:
+    """On the disk before the folder has its name: a loss of power leaves no adapter of zeros."""
+    with path.open("rb") as file:
+        os.fsync(file.fileno())
 
 
 def _sha256(path: Path) -> str:

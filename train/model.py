@@ -1,24 +1,28 @@
-"""The base model and its adapter: where it runs, in which dtype, and how much of it is trained."""
+"""The base model: where it runs, in which dtype, and how much of it is trained."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from train.config import TrainConfig
 from vllm_lora_ext.base_model import read_base_model
-from vllm_lora_ext.errors import BadBaseModel, BadInput, BadSetting
+from vllm_lora_ext.errors import BadBaseModel, BadInput
 
 if TYPE_CHECKING:
     import torch
     from peft import PeftModel
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+# What a CPU is asked for before bfloat16 is worth it (torch.cpu.get_capabilities): without one of these
+# torch computes in float32 all the same, and converts before and after.
+_BF16_ON_CPU = ("avx512_bf16", "amx_bf16", "bf16", "sve_bf16")
+
 
 @dataclass(frozen=True)
 class ParameterCount:
-    """How many numbers are trained, and how many the base has."""
+    """How many numbers are trained, and how many the base has, which is what full fine-tuning trains."""
 
     trained: int
     base: int
@@ -29,7 +33,11 @@ class ParameterCount:
 
 
 def training_dtype(dtype: str) -> torch.dtype:
-    """The dtype that `--dtype` means on this machine."""
+    """The dtype that `--dtype` means on this machine.
+
+    For `auto` on a CPU this is float32, so that an answer does not depend on which CPU gave it; what a
+    training run holds its base in is `train.methods.base_dtype`.
+    """
     import torch
 
     if dtype != "auto":
@@ -38,6 +46,23 @@ def training_dtype(dtype: str) -> torch.dtype:
     if not torch.cuda.is_available():
         return torch.float32
     return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float16
+
+
+def cpu_computes_in_bf16() -> bool:
+    """Whether the CPU has instructions for bfloat16; False where torch cannot tell."""
+    import torch
+
+    capabilities: Mapping[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()
+    return any(capabilities.get(name) for name in _BF16_ON_CPU)
+
+
+def stored_dtype(base_model: str) -> torch.dtype:
+    """The dtype that the base's own weights are stored in, float32 where its config does not say."""
+    import torch
+    from transformers import AutoConfig
+
+    dtype = AutoConfig.from_pretrained(base_model).dtype
+    return dtype if isinstance(dtype, torch.dtype) else torch.float32
 
 
 def load_tokenizer(base_model: str) -> PreTrainedTokenizerBase:
@@ -54,7 +79,7 @@ def load_tokenizer(base_model: str) -> PreTrainedTokenizerBase:
     except Exception as error:  # transformers lets through whatever damaged files cause
         raise BadBaseModel(
             base_model,
-            f"its tokenizer cannot be loaded ({_first_line(error)})",
+            f"its tokenizer cannot be loaded ({first_line(error)})",
             "Restore its files.",
         ) from error
     if tokenizer.eos_token_id is None:
@@ -64,8 +89,8 @@ def load_tokenizer(base_model: str) -> PreTrainedTokenizerBase:
     return tokenizer
 
 
-def load_base(base_model: str, dtype: torch.dtype) -> PreTrainedModel:
-    """The base model on the GPU if torch sees one, else on the CPU.
+def load_base(base_model: str, dtype: torch.dtype, **options: Any) -> PreTrainedModel:
+    """The base model on the GPU if torch sees one, else on the CPU; `options` go to `from_pretrained`.
 
     Raises:
         BadBaseModel: its weights cannot be loaded.
@@ -73,39 +98,14 @@ def load_base(base_model: str, dtype: torch.dtype) -> PreTrainedModel:
     import torch
     from transformers import AutoModelForCausalLM
 
+    device: Any = "cuda" if torch.cuda.is_available() else "cpu"
     try:
-        model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(base_model, dtype=dtype)
+        model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(base_model, dtype=dtype, **options)
     except Exception as error:  # as above
         raise BadBaseModel(
-            base_model, f"cannot be loaded ({_first_line(error)})", "Restore its files."
+            base_model, f"cannot be loaded ({first_line(error)})", "Restore its files."
         ) from error
-    device: Any = "cuda" if torch.cuda.is_available() else "cpu"
     return model.to(device)
-
-
-def add_adapter(model: PreTrainedModel, config: TrainConfig) -> PeftModel:
-    """Freeze the base and put a fresh LoRA on the target modules.
-
-    Raises:
-        BadSetting: no module of the base has one of the names.
-    """
-    from peft import LoraConfig, get_peft_model
-
-    lora = LoraConfig(
-        task_type="CAUSAL_LM",
-        r=config.lora_r,
-        lora_alpha=int(config.lora_alpha) if config.lora_alpha.is_integer() else config.lora_alpha,
-        lora_dropout=config.lora_dropout,
-        target_modules=list(config.target_modules),
-    )
-    try:
-        return get_peft_model(model, lora)
-    except ValueError as error:
-        raise BadSetting(
-            f"--target-modules {' '.join(config.target_modules)}",
-            f"do not fit this base ({_first_line(error)})",
-            "Name linear modules of the base, for example q_proj v_proj.",
-        ) from error
 
 
 def attach_adapter(model: PreTrainedModel, adapter_dir: Path) -> PeftModel:
@@ -119,15 +119,24 @@ def attach_adapter(model: PreTrainedModel, adapter_dir: Path) -> PeftModel:
     try:
         return PeftModel.from_pretrained(model, str(adapter_dir))
     except Exception as error:  # PEFT lets through whatever damaged files cause
-        rule = f"PEFT cannot load it ({_first_line(error)})"
+        rule = f"PEFT cannot load it ({first_line(error)})"
         raise BadInput(str(adapter_dir), rule, "Save it with PEFT again.") from error
 
 
-def count_parameters(model: PeftModel) -> ParameterCount:
-    """Trained parameters, and all parameters without the adapter's."""
-    trained, total = model.get_nb_trainable_parameters()
-    return ParameterCount(trained, total - trained)
-
-
-def _first_line(error: Exception) -> str:
+def first_line(error: Exception) -> str:
+    """The first line of somebody else's error, which may go on for pages."""
     return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+
+
+def add_adapter(model: PreTrainedModel, config: Any) -> PeftModel:
+    """`train.methods.add_adapter`, until its caller asks there."""
+    from train.methods import add_adapter as add
+
+    return add(model, config)
+
+
+def count_parameters(model: Any) -> ParameterCount:
+    """`train.methods.count_parameters`, until its caller asks there."""
+    from train.methods import count_parameters as count
+
+    return count(model)

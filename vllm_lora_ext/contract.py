@@ -84,15 +84,19 @@ class ChatSettings:
 class Identity:
     """What `identity.json` says: the adapter's name, its trained template, and its provenance.
 
-    `files` are SHA-256 digests of files beside it, which admission compares.
+    `files` are SHA-256 digests of files beside it, which admission compares. `system_prompt` and `stop`
+    apply to requests that say nothing of the kind; where there are none, nothing is written of them.
     """
 
     name: str
     template: str
     provenance: Mapping[str, Any] = field(default_factory=dict)
     files: Mapping[str, str] = field(default_factory=dict)
+    system_prompt: str | None = None
+    stop: tuple[str, ...] = ()
 
     def to_json(self) -> str:
+        chat = {"system_prompt": self.system_prompt, "stop": list(self.stop)}
         body = {
             "format": IDENTITY_FORMAT,
             "name": self.name,
@@ -101,6 +105,7 @@ class Identity:
                 "trained": True,
                 "sha256": _digest(self.template),
             },
+            **{key: value for key, value in chat.items() if value},
             "files": dict(self.files),
             "provenance": dict(self.provenance),
         }
