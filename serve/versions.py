@@ -22,6 +22,7 @@ from serve.on_disk import DiskAdapters
 from serve.publish_flags import add_chat_flags, one_source, read_chat
 from serve.screen import screen
 from serve.show_folder import show_folder
+from serve.show_trace import show_trace
 from vllm_lora_ext.catalog import KEEP_VERSIONS
 from vllm_lora_ext.chat_override import ChatOverride
 from vllm_lora_ext.errors import BadSetting
@@ -80,17 +81,14 @@ def _list(verb: str, argv: Sequence[str], live: bool) -> int:
 
 def show(argv: Sequence[str]) -> int:
     """`vllm-lora show DIR|NAME`: an adapter folder, or a name with its versions and what happened to it."""
-    parser = _parser("show", "One adapter: a folder, or a published name.")
-    parser.add_argument("adapter", metavar="DIR|NAME")
-    parser.add_argument(
-        "--verify", action="store_true", help="with --state-dir: compare every byte of the live version"
-    )
-    add_rules_flags(parser)
-    args = parser.parse_args(argv)
+    args = _show_parser().parse_args(argv)
     if args.verify:
         _disk(args, "--verify").verify(args.adapter)
     if args.state_dir is None and _means_folder(args.adapter):
-        return show_folder(args)
+        return show_folder(args) if args.trace is None else show_trace(args)
+    for flag, is_given in (("--modules", args.modules), ("--trace", args.trace is not None)):
+        if is_given:
+            raise BadSetting(flag, "looks into a folder", "Give the adapter's folder, as ./DIR.")
     with _adapters(args) as adapters:
         adapter = adapters.get(args.adapter)
     if args.json:
@@ -101,6 +99,22 @@ def show(argv: Sequence[str]) -> int:
         for line in detail_lines(adapter):
             out.print(line, soft_wrap=True)
     return 0
+
+
+def _show_parser() -> argparse.ArgumentParser:
+    parser = _parser("show", "One adapter: a folder, or a published name.")
+    parser.add_argument("adapter", metavar="DIR|NAME")
+    parser.add_argument("--modules", action="store_true", help="of a folder: a row for each module")
+    parser.add_argument(
+        "--trace",
+        metavar="TEXT",
+        help="of a folder: ask this, and print what each layer of the base and of the adapter puts out",
+    )
+    parser.add_argument(
+        "--verify", action="store_true", help="with --state-dir: compare every byte of the live version"
+    )
+    add_rules_flags(parser)
+    return parser
 
 
 def publish_folder(argv: Sequence[str]) -> int:

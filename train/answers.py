@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -47,11 +48,19 @@ def base_model_of(adapter_dir: Path, stated: str | None) -> str:
 
 
 class LocalChat:
-    """A base with one adapter in memory; the base answers with the adapter switched off."""
+    """A base with one adapter in memory; the base answers with the adapter switched off.
 
-    def __init__(self, adapter_dir: Path, base_model: str | None = None) -> None:
+    Findings of the codes in `allow` do not refuse the adapter, where that is safe.
+
+    Raises:
+        AdapterRefused: the adapter does not fit the base, or must not be used.
+        BadBaseModel, BadSetting: the base cannot be read, or is not named anywhere.
+        BadInput: PEFT cannot load the adapter.
+    """
+
+    def __init__(self, adapter_dir: Path, base_model: str | None = None, allow: Collection[str] = ()) -> None:
         base_name = base_model_of(adapter_dir, base_model)
-        inspection = inspect_adapter(adapter_dir, Rules(read_base_model(base_name)))
+        inspection = inspect_adapter(adapter_dir, Rules(read_base_model(base_name), allow=frozenset(allow)))
         require_admitted(inspection)
         self.tokenizer: PreTrainedTokenizerBase = load_tokenizer(base_name)
         base: PreTrainedModel = load_base(base_name, training_dtype("auto"))
@@ -66,14 +75,22 @@ class LocalChat:
         return Answers(base, self._generate(question, self.adapter_template, max_tokens))
 
     def _generate(self, question: str, template: str | None, max_tokens: int) -> str:
+        inputs = self.prompt(question, template)
+        out = self.model.generate(**inputs, max_new_tokens=max_tokens, do_sample=False)
+        answer = out[0, inputs["input_ids"].shape[1] :]
+        return str(self.tokenizer.decode(answer, skip_special_tokens=True)).strip()
+
+    def prompt(self, question: str, template: str | None) -> BatchEncoding:
+        """Ids of shape (1, tokens) on the model's device; `template` None means the base's own, if any.
+
+        Raises:
+            BadInput: the template cannot be rendered.
+        """
         if template is None and self.tokenizer.chat_template is None:
             inputs = self.tokenizer(question, return_tensors="pt")
         else:
             inputs = self._render(question, template)
-        inputs = inputs.to(self.model.device)
-        out = self.model.generate(**inputs, max_new_tokens=max_tokens, do_sample=False)
-        answer = out[0, inputs["input_ids"].shape[1] :]
-        return str(self.tokenizer.decode(answer, skip_special_tokens=True)).strip()
+        return inputs.to(self.model.device)
 
     def _render(self, question: str, template: str | None) -> BatchEncoding:
         import jinja2

@@ -75,11 +75,20 @@ def _raise_peaks(
         peaks[place.spec.name] = max(peaks.get(place.spec.name, peak), peak)
 
 
+def floats_of(stored: np.ndarray, dtype: str) -> np.ndarray:
+    """Stored numbers as numpy's floats, in the same shape; `stored` are their bytes or their bits.
+
+    numpy has no BF16, which is the upper half of a float32. Raises KeyError for a dtype that is no float.
+    """
+    bits = stored.view(_BITS[dtype])
+    if dtype == "BF16":
+        bits = bits.astype(np.uint32) << 16
+    floats: np.ndarray = bits.view(_FLOATS.get(dtype, np.float32))
+    return floats
+
+
 def _as_float(bits: Any, dtype: str) -> float:
-    if dtype == "BF16":  # the upper half of a float32
-        value = float(np.array([int(bits) << 16], np.uint32).view(np.float32)[0])
-    else:
-        value = float(np.array([bits], _BITS[dtype]).view(_FLOATS[dtype])[0])
+    value = float(floats_of(np.array([bits], _BITS[dtype]), dtype)[0])
     return value if value == value else float("inf")
 
 
