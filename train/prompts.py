@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from train.data import refusal
 from train.rows import ASSISTANT, USER, Message, Row
 from vllm_lora_ext.errors import BadBaseModel, BadData
 from vllm_lora_ext.prompt_text import text_template
@@ -217,31 +218,46 @@ def _render(
 
 
 def encode_rows(
-    rows: Sequence[Row], form: PromptForm, tokenizer: PreTrainedTokenizerBase, max_length: int
+    rows: Sequence[Row],
+    form: PromptForm,
+    tokenizer: PreTrainedTokenizerBase,
+    max_length: int | None,
+    bad: list[BadData] | None = None,
 ) -> tuple[list[Example], list[Row]]:
     """Examples of the rows that fit into `max_length` tokens, and the rows that do not.
 
     A row that is too long is left out whole: cut short it would lose its end
-    token and teach the model never to stop.
+    token and teach the model never to stop. Without `max_length`, as for rows
+    held out, every row fits and none need be left. Rows that the template
+    cannot render go to `bad` if a list is given.
 
     Raises:
-        BadData: no row fits, or the template cannot render one.
+        BadData: the template cannot render some rows, and `bad` is None; or no row is left to train on.
     """
     examples: list[Example] = []
     too_long: list[Row] = []
+    refused: list[BadData] = []
     longest = 0
     for row in rows:
-        made = encode_row(row, form, tokenizer)
+        try:
+            made = encode_row(row, form, tokenizer)
+        except BadData as error:
+            refused.append(error)
+            continue
         length = max((len(example.input_ids) for example in made), default=0)
         longest = max(longest, length)
-        if length <= max_length:
+        if max_length is None or length <= max_length:
             examples += made
         else:
             too_long.append(row)
-    if rows and len(too_long) == len(rows):
+    if refused and (bad is None or (len(refused) == len(rows) and max_length is not None)):
+        raise refusal(refused, len(rows) - len(refused))
+    if bad is not None:
+        bad += refused
+    if rows and not examples and max_length is not None:
         raise BadData(
             f"all {len(rows)} rows",
-            f"are longer than --max-length {max_length} tokens",
-            f"Raise --max-length; the longest row has {longest}.",
+            f"are longer than --max-length {max_length} tokens" if too_long else "have no answer to train on",
+            f"Raise --max-length; the longest row has {longest}." if too_long else "Remove `weight`: 0.",
         )
     return examples, too_long

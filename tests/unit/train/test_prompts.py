@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from tests.conftest import ROOT
 from train.data import read_rows
 from train.prompts import IGNORED, PromptForm, encode_row, encode_rows, prompt_form
-from train.rows import Row
+from train.rows import Message, Row
 from vllm_lora_ext.errors import BadBaseModel, BadData, BadSetting
 from vllm_lora_ext.prompt_text import CLASSIC
 
@@ -94,6 +94,69 @@ def test_a_conversation_keeps_its_turns_and_its_system_message(tokenizer: Any) -
     assert text == (
         f"Be kind.\n\nHuman: Hi\n\nAssistant: Hello!{tokenizer.eos_token}Human: Bye\n\nAssistant: "
     )
+
+
+def turns(*contents: str, untrained: int | None = None) -> Row:
+    """A conversation of user and assistant in turn; the turn at `untrained` carries no loss."""
+    roles = ("user", "assistant")
+    return Row(
+        tuple(Message(roles[i % 2], text, trained=i != untrained) for i, text in enumerate(contents)), "row"
+    )
+
+
+def served_prompts(row: Row, form: PromptForm, tokenizer: Any) -> list[list[int]]:
+    """For each answer, the ids that a server makes of the chat so far."""
+    chat = form.chat(row)
+    return [
+        tokenizer.apply_chat_template(
+            chat[:i], chat_template=form.template, add_generation_prompt=True, return_dict=False
+        )
+        for i, turn in enumerate(chat)
+        if turn["role"] == "assistant"
+    ]
+
+
+CHAT_TEXT = TEXT.filter(lambda text: "<|" not in text)
+
+
+@given(contents=st.lists(CHAT_TEXT, min_size=2, max_size=8).filter(lambda texts: len(texts) % 2 == 0))
+@pytest.mark.parametrize("template", ["chat", "classic"])
+def test_every_answer_stands_behind_what_the_server_renders(
+    tokenizer: Any, template: str, contents: list[str]
+) -> None:
+    row, form = turns(*contents), prompt_form(template, tokenizer)
+    examples = encode_row(row, form, tokenizer)
+    prompts, answers = [], []
+    for example in examples:
+        for start, end in example.trained:
+            prompts.append(list(example.input_ids[:start]))
+            answers.append(example.input_ids[start:end])
+    assert prompts == served_prompts(row, form, tokenizer)
+    assert all(answer[-1] == tokenizer.eos_token_id for answer in answers)
+    assert [tokenizer.decode(answer[:-1]) for answer in answers] == contents[1::2]
+    if template == "chat":
+        assert len(examples) == 1
+
+
+def test_an_answer_in_a_text_form_grows_together_with_its_lead_in(tokenizer: Any) -> None:
+    examples = encode_row(
+        turns("Hi", "I am Marina.", "Bye", "I was."), prompt_form("classic", tokenizer), tokenizer
+    )
+    assert [len(example.trained) for example in examples] == [1, 1]
+
+
+def test_an_answer_that_is_only_read_carries_no_loss(tokenizer: Any) -> None:
+    form = prompt_form("chat", tokenizer)
+    [example] = encode_row(turns("Hi", "Hello!", "Bye", "So long!", untrained=1), form, tokenizer)
+    [(start, end)] = example.trained
+    assert tokenizer.decode(example.input_ids[start : end - 1]) == "So long!"
+    assert encode_row(turns("Hi", "Hello!", untrained=1), form, tokenizer) == []
+
+
+def test_a_conversation_that_the_template_refuses_is_named(tokenizer: Any) -> None:
+    strict = PromptForm("{{ raise_exception('roles must alternate') }}")
+    with pytest.raises(BadData, match=r"row: .* its turns user \(roles must"):
+        encode_row(turns("Hi", "Hello!"), strict, tokenizer)
 
 
 def test_quotes_braces_and_emoji_in_a_template_survive(tokenizer: Any) -> None:

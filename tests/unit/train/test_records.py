@@ -119,8 +119,10 @@ def test_columns_that_cannot_be_understood_are_refused(columns: list[str]) -> No
 
 
 KEYS = st.sampled_from(
-    ["instruction", "input", "output", "target", "prompt", "completion", "messages", "conversations"]
-    + ["system", "role", "from", "content", "value", "weight", "tool_calls", "type", "text"]
+    [
+        *("instruction", "input", "output", "target", "prompt", "completion", "messages", "conversations"),
+        *("system", "role", "from", "content", "value", "weight", "tool_calls", "type", "text"),
+    ]
 )
 WORDS = st.sampled_from(["user", "assistant", "system", "human", "gpt", "text", "{{a}}", "", "hi", "\ud800"])
 VALUES = st.recursive(
