@@ -21,6 +21,10 @@ ALL_PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj
 ALL_LINEAR = "all-linear"  # PEFT's word for every linear module but the head
 METHODS = ("lora", "dora", "qlora", "full")
 INITS = ("default", "gaussian", "pissa", "pissa_niter_4", "olora", "orthogonal")
+_SERVE_NO_DORA = (
+    "Add --no-serve-check to train it all the same: `vllm-lora merge` makes a full model of it, and "
+    "`vllm-lora convert --max-rank` the nearest LoRA. Or use --method lora."
+)
 _DORA_INITS = ("default", "gaussian", "orthogonal")
 REPORTERS = ("none", "tensorboard", "wandb", "mlflow")
 
@@ -179,7 +183,7 @@ class TrainConfig:
             yield init, f"is not for {method}", f"Use one of {', '.join(_DORA_INITS)}."
         if self.method == "dora" and self.serve_check:
             rule = "vLLM cannot serve DoRA"
-            yield method, rule, "Add --no-serve-check to train it all the same, or use --method lora."
+            yield method, rule, _SERVE_NO_DORA
         odd = [rank for rank in (self.lora_r, *self.ranks.values()) if rank % 2]
         if self.init_lora_weights == "orthogonal" and odd:
             yield init, f"needs even ranks, and there is {odd[0]}", "Change --lora-r or --rank-pattern."

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import math
+import shlex
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, TypeAlias
 
@@ -154,3 +155,30 @@ def count_parameters(model: Trainable) -> ParameterCount:
         return ParameterCount(trained, sum(parameter.numel() for parameter in model.parameters()))
     _, every = model.get_nb_trainable_parameters()
     return ParameterCount(trained - sum(map(held, model.parameters())), every - trained)
+
+
+def serving_note(config: TrainConfig) -> str | None:
+    """What has to be known before it is served, for stderr, model card and provenance; None if nothing."""
+    if config.method == "dora":
+        return (
+            "vLLM cannot serve DoRA. `vllm-lora merge` makes a full model of it, which computes the same; "
+            "`vllm-lora convert --max-rank` makes the nearest ordinary LoRA"
+        )
+    if config.method == "qlora":
+        return (
+            "Trained over the base in 4 bits (nf4). A server that holds the base in its own dtype computes "
+            "with weights that differ from those by their rounding"
+        )
+    if config.method == "full":
+        return f"A full model, no adapter: `{next_command(config)}` serves it as a base model"
+    return None
+
+
+def next_command(config: TrainConfig) -> str:
+    """What to type once the run is finished."""
+    if config.method == "dora":
+        merged = f"{config.adapter_dir}-merged"
+        return shlex.join(["vllm-lora", "merge", str(config.adapter_dir), "--output-dir", merged])
+    if config.method == "full":
+        return shlex.join(["vllm-lora", "serve", str(config.adapter_dir)])
+    return shlex.join(["vllm-lora", "serve", "--adapters", config.output_dir])

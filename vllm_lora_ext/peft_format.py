@@ -29,6 +29,7 @@ from vllm_lora_ext.tensor_file import MAX_TENSORS, HeaderRefused, TensorPlace, r
 CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"
 PREFIX = "base_model.model."
+_OF_FULL_MODELS = ("model.safetensors", "model.safetensors.index.json")
 PICKLES = ("adapter_model.bin", "adapter_model.pt")
 MAX_CONFIG_BYTES = 1 << 20
 MAX_WEIGHTS_BYTES = 16 << 30
@@ -226,6 +227,9 @@ def _judge_folder(path: Path, follow_links: bool) -> list[Finding]:
             count = sum(1 for _ in itertools.islice(entries, _MAX_ENTRIES + 1))
     except (OSError, ValueError) as error:
         return [file_finding(error, name)]
+    if not is_adapter_folder(path) and any(_may_exist(path / name) for name in _OF_FULL_MODELS):
+        rule = "is not there: the folder is a full model, no adapter"
+        return [Finding("config_missing", CONFIG_FILE, rule, "Serve it as a base: vllm-lora serve FOLDER.")]
     if count > _MAX_ENTRIES:
         rule = f"holds more than {_MAX_ENTRIES} files"
         return [Finding("too_many_files", name, rule, "Give the adapter a folder of its own.")]
