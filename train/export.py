@@ -147,7 +147,8 @@ def export_model(
     """Write a whole model, with tokenizer, chat template and `identity.json`, to `folder`.
 
     `model` itself is cast to `dtype`, the one that its base is stored in: each weight is rounded once, here.
-    A base model's system prompt has no other place than its template, so it is put in there.
+    What a server reads of a base model is its template and `generation_config.json`: a system prompt is put
+    into the template, and stop strings of the identity apply to adapters only.
 
     Raises:
         OutputExists, BadSetting: as `check_output`.
@@ -182,9 +183,11 @@ def _written_whole(folder: Path, overwrite: bool, extras: Extras) -> Iterator[Pa
     try:
         with finished_folder(folder, overwrite) as staging:
             yield staging
-            for path in staging.iterdir():
-                _sync(path)
-        sync_folder(folder.parent)
+            for path in staging.rglob("*"):
+                if path.is_file():
+                    _sync(path)
+        if os.name == "posix":  # elsewhere folders cannot be opened
+            sync_folder(folder.parent)
     except (OSError, SafetensorError) as error:  # safetensors has its own error for what the system says
         full = getattr(error, "errno", None) in _FULL or "StorageFull" in str(error)
         reason = "the disk is full" if full else getattr(error, "strerror", None) or first_line(error)
@@ -199,7 +202,9 @@ def _write_chat(staging: Path, identity: Identity, digested: Sequence[str], extr
     if extras.sampling:
         path = staging / GENERATION_FILE
         known = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
-        body = json.dumps({**known, "do_sample": True, **extras.sampling}, indent=2) + "\n"
+        known.pop("_from_model_config", None)  # with this mark transformers would make the file anew
+        sampled = {"do_sample": extras.sampling.get("temperature", 1) > 0}  # as vLLM reads a temperature of 0
+        body = json.dumps({**known, **sampled, **extras.sampling}, indent=2) + "\n"
         path.write_text(body, encoding="utf-8")
     extras.write(staging)
     digests = {name: _sha256(staging / name) for name in digested}
@@ -208,7 +213,7 @@ def _write_chat(staging: Path, identity: Identity, digested: Sequence[str], extr
 
 def _sync(path: Path) -> None:
     """On the disk before the folder has its name: a loss of power leaves no adapter of zeros."""
-    with path.open("rb") as file:
+    with path.open("r+b") as file:
         os.fsync(file.fileno())
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import math
 import shlex
+import warnings
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, TypeAlias
 
@@ -87,7 +88,10 @@ def add_adapter(base: PreTrainedModel, config: TrainConfig) -> PeftModel:
     from peft import get_peft_model
 
     try:
-        model: PeftModel = get_peft_model(base, lora_config(config))
+        with warnings.catch_warnings():
+            # Such a name is an error here, below.
+            warnings.filterwarnings("ignore", "The following (rank|alpha)_pattern keys did not match")
+            model: PeftModel = get_peft_model(base, lora_config(config))
     except ValueError as error:
         raise BadSetting(
             f"--target-modules {' '.join(config.target_modules)}",

@@ -54,6 +54,7 @@ def test_chat_settings_and_further_files_are_there_from_the_start(
     def write(staging: Path) -> None:
         assert (staging.name.startswith("."), folder.exists()) == (True, False)
         (staging / "README.md").write_text("a card")
+        (staging / "pictures").mkdir()
 
     who = identity(random_base, system_prompt="You are Marina.", stop=("Human:",), provenance={"seed": 1})
     extras = Extras(write, {"temperature": 0.5, "max_new_tokens": 64})
@@ -132,7 +133,7 @@ def test_a_full_model_is_one_that_can_be_a_base(random_base: str, tmp_path: Path
     tolerance = 1e-5 if dtype == torch.float32 else 2e-2
     torch.testing.assert_close(logits(again), want, atol=tolerance, rtol=0)
     assert load_tokenizer(str(folder)).chat_template == identity(random_base).template
-    assert json.loads((folder / "generation_config.json").read_text())["temperature"] == 0.5
+    assert again.generation_config.temperature == 0.5
     assert again.lm_head.weight is again.model.embed_tokens.weight
     assert read_base_model(str(folder)).fingerprint == read_base_model(random_base).fingerprint
     with pytest.raises(OutputExists):
