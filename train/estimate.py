@@ -149,7 +149,8 @@ def measure(size: ModelSize, tokens: int, dtype: torch.dtype) -> tuple[float, fl
 
     def seconds_of(work: Any) -> float:
         work()
-        times, ends = [], time.perf_counter() + _MEASURE_S
+        times: list[float] = []
+        ends = time.perf_counter() + _MEASURE_S
         while not times or time.perf_counter() < ends:
             started = time.perf_counter()
             for _ in range(8):

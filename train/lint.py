@@ -115,7 +115,8 @@ def _about_examples(
 ) -> Iterable[RowFinding]:
     dropped = [row.where for row in too_long]
     counts = Counter(example.where for example in examples)
-    masked = [row.where for row in rows if row.where not in counts and row.where not in set(dropped)]
+    known = counts.keys() | dropped
+    masked = [row.where for row in rows if row.where not in known]
     endless = [
         example.where
         for example in examples

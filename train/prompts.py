@@ -181,7 +181,7 @@ def _answer_ids(
         quirks.add(REWRITTEN)
     ids, end = _ids(answer, tokenizer), tokenizer.eos_token_id
     if end not in ids:
-        if answer != output:
+        if REWRITTEN not in quirks:
             quirks.add(END_ADDED)
         return [*ids, end], quirks
     if str(tokenizer.eos_token) in output:
