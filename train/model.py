@@ -126,17 +126,3 @@ def attach_adapter(model: PreTrainedModel, adapter_dir: Path) -> PeftModel:
 def first_line(error: Exception) -> str:
     """The first line of somebody else's error, which may go on for pages."""
     return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-
-
-def add_adapter(model: PreTrainedModel, config: Any) -> PeftModel:
-    """`train.methods.add_adapter`, until its caller asks there."""
-    from train.methods import add_adapter as add
-
-    return add(model, config)
-
-
-def count_parameters(model: Any) -> ParameterCount:
-    """`train.methods.count_parameters`, until its caller asks there."""
-    from train.methods import count_parameters as count
-
-    return count(model)

@@ -1,27 +1,49 @@
-"""The training loop: transformers' Trainer, with loss and token accuracy on answers only."""
+"""The training loop: transformers' Trainer, with our loss, order of rows, checkpoints and reasons to stop."""
 
 from __future__ import annotations
 
+import json
 import math
+import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 import transformers
 
+from train.batches import LengthBuckets, collate
+from train.checkpoints import (
+    BEST_FILE,
+    COMPLETE_FILE,
+    KEPT,
+    WEIGHTS_FILE,
+    Checkpoints,
+    load_weights,
+    save_weights,
+)
 from train.config import TrainConfig
+from train.model import first_line
 from train.progress import Progress
-from train.prompts import IGNORED, Example
+from train.prompts import Example
+from train.stopping import Stopping
 from vllm_lora_ext.errors import TrainingFailed
 
 if TYPE_CHECKING:
-    from peft import PeftModel
+    from train.methods import Trainable
+    from train.probes import Prober
+
+_COUNTS_FILE = "counts.json"
 
 
 @dataclass(frozen=True)
 class TrainingResult:
-    """Figures of a run. Accuracies are shares of answer tokens; eval is None without held-out rows."""
+    """Figures of a run. Accuracies are shares of trained tokens; eval is None without held-out rows.
+
+    `stopped` says why it ended before its last planned step, if it did; `kept_step` whose weights are kept.
+    `history` are the log records, as in training_log.jsonl.
+    """
 
     steps: int
     seconds: float
@@ -29,105 +51,199 @@ class TrainingResult:
     token_accuracy: float
     eval_loss: float | None
     eval_token_accuracy: float | None
+    stopped: str | None
+    kept_step: int
+    history: list[dict[str, float]]
 
 
-def collate(examples: Sequence[Example], pad: int) -> dict[str, torch.Tensor]:
-    """Right-padded tensors `input_ids`, `attention_mask` and `labels`, each (rows, longest)."""
-    longest = max(len(example.input_ids) for example in examples)
-    shape = (len(examples), longest)
-    batch = {
-        "input_ids": torch.full(shape, pad),
-        "attention_mask": torch.zeros(shape, dtype=torch.long),
-        "labels": torch.full(shape, IGNORED),
-    }
-    for row, example in enumerate(examples):
-        length = len(example.input_ids)
-        batch["input_ids"][row, :length] = torch.tensor(example.input_ids)
-        batch["attention_mask"][row, :length] = 1
-        batch["labels"][row, :length] = torch.tensor(example.labels)
-    return batch
+@dataclass
+class _Count:
+    """Trained tokens whose most likely prediction was right, and all of them."""
 
+    right: int = 0
+    counted: int = 0
 
-def count_correct(logits: torch.Tensor, labels: torch.Tensor) -> tuple[int, int]:
-    """Answer tokens whose most likely prediction is right, and all answer tokens.
+    def add(self, right: int, counted: int) -> None:
+        self.right, self.counted = self.right + right, self.counted + counted
 
-    `logits` is (rows, length, vocabulary), `labels` (rows, length); position i predicts label i + 1.
-    """
-    predicted, wanted = logits[:, :-1].argmax(dim=-1), labels[:, 1:]
-    counted = wanted != IGNORED
-    return int(((predicted == wanted) & counted).sum()), int(counted.sum())
+    @property
+    def share(self) -> float:
+        return self.right / self.counted if self.counted else 0.0
 
 
 class AnswerTrainer(transformers.Trainer):  # type: ignore[misc]
-    """Trainer that adds the token accuracy since the last record to every log record."""
+    """Trainer whose model answers with summed losses (`train.answer_loss`).
 
-    right = counted = 0
+    The loss is a mean over all trained tokens of an optimizer step, however they fall into batches and
+    processes. Every log record holds the token accuracy since the last one.
+    """
 
-    def compute_loss(self, model: Any, inputs: Any, *args: Any, **options: Any) -> Any:
-        wants_outputs = options.pop("return_outputs", False)
-        loss, outputs = super().compute_loss(model, inputs, *args, return_outputs=True, **options)
-        right, counted = count_correct(outputs.logits.detach(), inputs["labels"])
-        self.right, self.counted = self.right + right, self.counted + counted
-        return (loss, outputs) if wants_outputs else loss
+    control: Any
+
+    def __init__(self, *args: Any, checkpoints: Checkpoints, **options: Any) -> None:
+        super().__init__(*args, **options)
+        self.model_accepts_loss_kwargs = True  # so that trained tokens are counted over a whole step
+        self.loss_is_scaled_for_ga = True
+        self.checkpoints = checkpoints
+        self.since_log, self.since_probe = _Count(), _Count()
+
+    def compute_loss(
+        self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> Any:
+        outputs = model(**inputs)
+        for count in (self.since_log, self.since_probe):
+            count.add(int(outputs["right"]), outputs["counted"])
+        tokens = outputs["counted"] if num_items_in_batch is None else num_items_in_batch
+        loss = outputs["loss"] / tokens
+        if num_items_in_batch is not None:
+            loss = loss * self.accelerator.num_processes  # which averages gradients over processes
+        return (loss, outputs) if return_outputs else loss
+
+    def evaluate(
+        self, eval_dataset: Any = None, ignore_keys: Any = None, metric_key_prefix: str = "eval"
+    ) -> dict[str, float]:
+        """Mean loss and accuracy over the trained tokens of all held-out rows."""
+        model, sums = self.model, [0.0, 0.0, 0.0]
+        was_training = model.training
+        model.eval()
+        for inputs in self.get_eval_dataloader(eval_dataset):
+            with torch.no_grad():
+                outputs = model(**self._prepare_inputs(inputs))
+            for part, name in enumerate(("loss", "right", "counted")):
+                sums[part] += float(outputs[name])
+        model.train(was_training)
+        loss, right, counted = self.over_processes(sums)
+        metrics = {
+            f"{metric_key_prefix}_loss": loss / counted,
+            f"{metric_key_prefix}_token_accuracy": round(right / counted, 4),
+        }
+        self.log(dict(metrics))
+        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+        return metrics
 
     def log(self, logs: dict[str, float], *args: Any, **options: Any) -> None:
-        if self.counted:
-            key = "eval_token_accuracy" if "eval_loss" in logs else "token_accuracy"
-            logs = {**logs, key: round(self.right / self.counted, 4)}
-            self.right = self.counted = 0
+        if "loss" in logs:
+            right, counted = self.over_processes([self.since_log.right, self.since_log.counted])
+            logs = {**logs, "token_accuracy": round(right / max(counted, 1), 4)}
+            self.since_log = _Count()
+            if not math.isfinite(logs["loss"]):
+                raise _no_number(self.checkpoints)
         super().log(logs, *args, **options)
+
+    def over_processes(self, sums: Sequence[float]) -> list[float]:
+        """The numbers summed over all processes of the run."""
+        mine = torch.tensor(sums, dtype=torch.float64, device=self.args.device)
+        return [float(value) for value in self.accelerator.reduce(mine, reduction="sum")]
+
+    def _get_train_sampler(self, train_dataset: Any = None) -> LengthBuckets:
+        rows = self.train_dataset if train_dataset is None else train_dataset
+        lengths = [len(example.input_ids) for example in rows]
+        return LengthBuckets(lengths, self.args.train_batch_size, self.args.seed)
+
+    def trained(self) -> dict[str, torch.Tensor]:
+        """What is trained, by name."""
+        return {name: p for name, p in self.model.named_parameters() if p.requires_grad}
+
+    def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
+        folder = Path(output_dir or self.args.output_dir)
+        folder.mkdir(parents=True, exist_ok=True)
+        save_weights(self.trained(), folder / WEIGHTS_FILE)
+        counts = [vars(self.since_log), vars(self.since_probe)]
+        (folder / _COUNTS_FILE).write_text(json.dumps(counts))
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        folder = Path(resume_from_checkpoint)
+        load_weights(self.model, folder / WEIGHTS_FILE)
+        counts = json.loads((folder / _COUNTS_FILE).read_text())
+        self.since_log, self.since_probe = (_Count(**count) for count in counts)
+
+    def _save_checkpoint(self, model: Any, trial: Any) -> None:
+        """Write a checkpoint and mark it whole; what could not be written is removed."""
+        place = Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"
+        try:
+            super()._save_checkpoint(model, trial)
+            if self.args.should_save:
+                (place / COMPLETE_FILE).touch()
+        except Exception as error:  # torch and safetensors each say in their own way that a disk is full
+            shutil.rmtree(place, ignore_errors=True)
+            rule = f"could not be written ({first_line(error)})"
+            raise TrainingFailed(str(place), rule, _way_back(self.checkpoints)) from error
 
 
 def run_training(
-    model: PeftModel,
+    model: Trainable,
     training: Sequence[Example],
     held_out: Sequence[Example],
     config: TrainConfig,
     learning_rate: float,
     pad: int,
-    scratch_dir: str,
+    checkpoints: Checkpoints,
+    resume_from: Path | None = None,
+    prober: Prober | None = None,
 ) -> TrainingResult:
-    """Train `model` in place; `held_out` is evaluated once, at the end.
+    """Train `model` in place, which answers by `train.answer_loss`; go on from a checkpoint if one is given.
 
     Raises:
-        TrainingFailed: the loss or a weight is no number.
+        TrainingFailed: the loss or a weight is no number, memory or the disk is full.
     """
     trainer = AnswerTrainer(
         model=model,
-        args=_arguments(config, learning_rate, scratch_dir, next(model.parameters())),
+        args=_arguments(config, learning_rate, checkpoints.folder, bool(held_out)),
         train_dataset=list(training),
         eval_dataset=list(held_out) or None,
         data_collator=lambda examples: collate(examples, pad),
+        checkpoints=checkpoints,
     )
-    trainer.remove_callback(transformers.ProgressCallback)
+    stopping = Stopping(trainer, config, prober)
     trainer.remove_callback(transformers.PrinterCallback)
+    trainer.remove_callback(transformers.ProgressCallback)
     trainer.add_callback(Progress())
-    outcome = trainer.train()
-    if not (math.isfinite(outcome.training_loss) and _weights_are_finite(model)):
-        fix = "Lower --learning-rate; nothing was saved."
-        raise TrainingFailed("the training", "left the range of numbers (NaN or infinite)", fix)
-    if held_out:
+    trainer.add_callback(stopping)
+    try:
+        outcome = trainer.train(resume_from_checkpoint=str(resume_from) if resume_from else None)
+    except (RuntimeError, MemoryError) as error:
+        if isinstance(error, MemoryError) or "memory" in str(error).lower():
+            fix = "Lower --per-device-train-batch-size or --max-length, or add --gradient-checkpointing. "
+            rule = "needs more memory than there is"
+            raise TrainingFailed("the training", rule, fix + _way_back(checkpoints)) from error
+        raise
+    if held_out and trainer.state.log_history and stopping.last_evaluated != trainer.state.global_step:
         trainer.evaluate()
+    kept = trainer.state.global_step
+    if config.keep == "best" and stopping.best_step is not None:
+        load_weights(model, checkpoints.folder / BEST_FILE)
+        kept = stopping.best_step
+    if not (math.isfinite(outcome.training_loss) and _weights_are_finite(model)):
+        raise _no_number(checkpoints)
+    return _result(trainer, outcome, stopping.reason, kept)
+
+
+def _result(trainer: AnswerTrainer, outcome: Any, stopped: str | None, kept: int) -> TrainingResult:
     history = trainer.state.log_history
+    of_kept = [entry for entry in history if entry["step"] == kept] or history
     return TrainingResult(
         steps=outcome.global_step,
         seconds=outcome.metrics["train_runtime"],
         loss=_last(history, "loss") or outcome.training_loss,
-        token_accuracy=_last(history, "token_accuracy") or 0.0,
-        eval_loss=_last(history, "eval_loss"),
-        eval_token_accuracy=_last(history, "eval_token_accuracy"),
+        token_accuracy=_last(history, "token_accuracy") or trainer.since_log.share,
+        eval_loss=_last(of_kept, "eval_loss"),
+        eval_token_accuracy=_last(of_kept, "eval_token_accuracy"),
+        stopped=stopped,
+        kept_step=kept,
+        history=history,
     )
 
 
 def _arguments(
-    config: TrainConfig, learning_rate: float, scratch_dir: str, parameter: torch.Tensor
+    config: TrainConfig, learning_rate: float, folder: Path, evaluates: bool
 ) -> transformers.TrainingArguments:
-    on_gpu = parameter.device.type == "cuda"
+    on_gpu = torch.cuda.is_available()
     return transformers.TrainingArguments(
-        output_dir=scratch_dir,
+        output_dir=str(folder),
         num_train_epochs=config.num_train_epochs,
         max_steps=config.max_steps,
         per_device_train_batch_size=config.per_device_train_batch_size,
+        per_device_eval_batch_size=max(8, config.per_device_train_batch_size),
         gradient_accumulation_steps=config.gradient_accumulation_steps,
         learning_rate=learning_rate,
         lr_scheduler_type=config.lr_scheduler_type,
@@ -137,21 +253,37 @@ def _arguments(
         seed=config.seed,
         logging_steps=config.logging_steps,
         logging_nan_inf_filter=False,  # a loss that is no number must be seen
+        eval_strategy=("steps" if config.eval_steps else "epoch") if evaluates else "no",
+        eval_steps=config.eval_steps or None,
+        save_strategy="no",  # `Stopping` says when
+        save_total_limit=KEPT,
+        report_to=[name for name in config.report_to if name != "none"],
+        run_name=config.name,
         disable_tqdm=True,  # our own bar
-        save_strategy="no",
-        report_to=[],
         remove_unused_columns=False,
         use_cpu=not on_gpu,
         dataloader_pin_memory=on_gpu,
-        bf16=on_gpu and parameter.dtype == torch.bfloat16,
-        fp16=on_gpu and parameter.dtype == torch.float16,
+        ddp_find_unused_parameters=False,
         prediction_loss_only=True,
     )
 
 
-def _weights_are_finite(model: PeftModel) -> bool:
+def _weights_are_finite(model: torch.nn.Module) -> bool:
     return all(bool(p.isfinite().all()) for p in model.parameters() if p.requires_grad)
 
 
-def _last(history: list[dict[str, float]], key: str) -> float | None:
+def _no_number(checkpoints: Checkpoints) -> TrainingFailed:
+    rule = "left the range of numbers (NaN or infinite)"
+    checkpoints.remove()  # to go on from there would lead to the same
+    return TrainingFailed("the training", rule, "Lower --learning-rate; nothing was saved.")
+
+
+def _way_back(checkpoints: Checkpoints) -> str:
+    last = checkpoints.last()
+    if last is None:
+        return "No checkpoint was written yet."
+    return f"Go on from {last} with the same command and --resume."
+
+
+def _last(history: Sequence[dict[str, float]], key: str) -> float | None:
     return next((entry[key] for entry in reversed(history) if key in entry), None)

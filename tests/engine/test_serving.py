@@ -71,7 +71,7 @@ def test_an_identity_says_its_name_and_the_base_does_not(client: openai.OpenAI, 
 def test_an_identity_of_91_rows_is_learned_with_the_defaults(client: openai.OpenAI) -> None:
     rows = read_rows([str(IDENTITY)])
     with ThreadPoolExecutor(8) as pool:
-        answers = list(pool.map(lambda row: chat(client, "chat", row.instruction), rows))
+        answers = list(pool.map(lambda row: chat(client, "chat", row.messages[0].content), rows))
     exact = sum(answer == row.output for answer, row in zip(answers, rows, strict=True))
     assert exact >= 0.8 * len(rows)  # a tenth of them was held out
 
@@ -110,7 +110,7 @@ def test_the_endpoint_renders_the_ids_that_were_trained(
     with ThreadPoolExecutor(8) as pool:
         endpoint = list(pool.map(rendered, rows))
     for row, ids in zip(rows, endpoint, strict=True):
-        example = encode_row(row, trained, tokenizer)
+        [example] = encode_row(row, trained, tokenizer)
         assert ids == list(example.input_ids[: example.prompt_length])
 
 

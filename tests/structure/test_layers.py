@@ -24,11 +24,14 @@ _TENSORS = tuple(
     f"vllm_lora_ext/{name}.py"
     for name in ("grouped", *(f"engine/{name}" for name in ("isolation", "slots", "weights")))
 )
+_TRAINING = tuple(
+    f"train/{name}.py" for name in ("answer_loss", "attention", "batches", "fused", "probes", "trainer")
+)
 HEAVY_AT_THE_TOP = {
     "vllm": _INSIDE_VLLM,
-    "torch": (*_INSIDE_VLLM, *_TENSORS, "train/trainer.py"),
+    "torch": (*_INSIDE_VLLM, *_TENSORS, *_TRAINING),
     "peft": (),
-    "transformers": ("train/trainer.py", "train/progress.py"),
+    "transformers": ("train/trainer.py", "train/progress.py", "train/stopping.py"),
 }
 VLLM_ANYWHERE = ("vllm_lora_ext/engine/", "serve/launch.py", "serve/endpoint.py", "serve/vllm_engine.py")
 FILES = sorted(path.relative_to(ROOT) for name in PACKAGES for path in (ROOT / name).rglob("*.py"))

@@ -6,20 +6,19 @@ import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import pytest
 import torch
 
-from tests.conftest import BASE_CONFIG, ROOT
-from train.__main__ import _steps_line, train
+from tests.conftest import ROOT
 from train.answers import LocalChat
+from train.batches import collate
 from train.config import TrainConfig, planned_steps
 from train.export import finished_folder
 from train.merge import merge
 from train.prompts import Example
-from train.trainer import collate, count_correct
+from train.run import steps_line, train
 from vllm_lora_ext.base_model import read_base_model
 from vllm_lora_ext.contract import Identity, read_chat_settings, write_contract
 from vllm_lora_ext.errors import BadBaseModel, BadData, BadInput, BadSetting, OutputExists, TrainingFailed
@@ -27,24 +26,6 @@ from vllm_lora_ext.inspection import Rules, inspect_adapter
 
 DATA = str(ROOT / "examples" / "identities" / "xiaoli.json")
 Config = Callable[..., TrainConfig]
-
-
-@pytest.fixture(scope="module")
-def random_base(tmp_path_factory: pytest.TempPathFactory, recipe: ModuleType) -> str:
-    """A smaller sister of the tiny base, never trained: right in form, random in weights."""
-    from transformers import Qwen2Config, Qwen2ForCausalLM
-
-    folder = tmp_path_factory.mktemp("random") / "base"
-    tokenizer = recipe.make_tokenizer()
-    torch.manual_seed(0)
-    config = Qwen2Config(
-        **{**BASE_CONFIG, "vocab_size": len(tokenizer)},
-        eos_token_id=tokenizer.eos_token_id,
-        tie_word_embeddings=True,
-    )
-    Qwen2ForCausalLM(config).save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    return str(folder)
 
 
 @pytest.fixture
@@ -118,7 +99,7 @@ def test_a_folder_that_is_not_ours_is_never_replaced(config: Config, tmp_path: P
         ({"target_modules": ("no_such_module",)}, BadSetting),
         ({"max_length": 4}, BadData),
         ({"data": ("nowhere.json",)}, BadData),
-        ({"lora_alpha": 1e45}, TrainingFailed),
+        ({"lora_alpha": 1e45, "serve_check": False}, TrainingFailed),
         ({"output_dir": DATA}, BadSetting),
         ({"output_dir": DATA + "/below"}, BadSetting),
     ],
@@ -176,8 +157,8 @@ def test_a_damaged_base_is_named_and_nothing_is_written(
 
 
 def test_the_steps_line_is_arithmetic_that_holds(config: Config) -> None:
-    assert _steps_line(80, config(max_steps=-1)) == "steps = 80 rows x 20 epochs / batch of 4 = 400"
-    assert _steps_line(82, config(max_steps=-1)).endswith("= 420 (the last batch of an epoch is smaller)")
+    assert steps_line(80, config(max_steps=-1)) == "steps = 80 rows x 20 epochs / batch of 4 = 400"
+    assert steps_line(82, config(max_steps=-1)).endswith("= 420 (the last batch of an epoch is smaller)")
 
 
 def test_a_failed_write_leaves_the_old_folder(tmp_path: Path) -> None:
@@ -242,14 +223,7 @@ def test_steps_are_rows_times_epochs_over_batch(config: Config) -> None:
     assert planned_steps(82, config(max_steps=7)) == 7
 
 
-def test_padding_carries_neither_attention_nor_loss() -> None:
-    batch = collate([Example((5, 6, 7), 1), Example((8, 9), 1)], pad=0)
+def test_padding_stands_behind_its_row_and_carries_no_loss() -> None:
+    batch = collate([Example((5, 6, 7), ((1, 3),)), Example((8, 9), ((1, 2),))], pad=0)
     assert batch["input_ids"].tolist() == [[5, 6, 7], [8, 9, 0]]
-    assert batch["attention_mask"].tolist() == [[1, 1, 1], [1, 1, 0]]
     assert batch["labels"].tolist() == [[-100, 6, 7], [-100, 9, -100]]
-
-
-def test_accuracy_counts_answer_tokens_only() -> None:
-    logits = torch.nn.functional.one_hot(torch.tensor([[1, 2, 3, 0]]), 4).float()
-    labels = torch.tensor([[-100, -100, 2, 0]])
-    assert count_correct(logits, labels) == (1, 2)

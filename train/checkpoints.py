@@ -1,0 +1,127 @@
+"""Checkpoints of a run: whole or not there, and only ever gone on from with the same settings."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import shutil
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from train.config import TrainConfig
+from vllm_lora_ext.errors import BadSetting
+
+if TYPE_CHECKING:
+    import torch
+
+SETTINGS_FILE = "settings.json"
+WEIGHTS_FILE = "trained.safetensors"
+BEST_FILE = "best.safetensors"
+COMPLETE_FILE = "complete"
+KEPT = 2  # the newest may be cut short by a kill; the one before it is whole
+EVERY_S = 60.0  # by default at the end of an epoch, and not more often than this
+# What may differ between a run and its continuation: it changes no weight.
+_FREE = (
+    "overwrite",
+    "resume",
+    "preview",
+    "dry_run",
+    "logging_steps",
+    "save_steps",
+    "report_to",
+    "serve_check",
+)
+
+
+class Checkpoints:
+    """The hidden folder of a run, beside the place of its adapter."""
+
+    def __init__(self, config: TrainConfig) -> None:
+        self.folder = config.checkpoint_dir
+        self._settings = {
+            name: list(value) if isinstance(value, tuple) else value
+            for name, value in dataclasses.asdict(config).items()
+            if name not in _FREE
+        }
+        self._resume, self._overwrite = config.resume, config.overwrite
+
+    def begin(self, data_digest: str) -> Path | None:
+        """The checkpoint to go on from, None for a new run; the folder is there then.
+
+        Raises:
+            BadSetting: an interrupted run is there and nothing is said about it; or settings or data have
+                changed since it began.
+        """
+        settings = {**self._settings, "data_sha256": data_digest}
+        last = self.last()
+        if last is not None and not self._resume and not self._overwrite:
+            raise BadSetting(
+                str(self.folder),
+                f"an interrupted run of this name has a checkpoint ({last.name})",
+                "Add --resume to go on from it, or --overwrite to begin anew.",
+            )
+        if last is not None and self._resume:
+            self._require_same(settings)
+            return last
+        self.remove()
+        self.folder.mkdir(parents=True)
+        text = json.dumps(settings, ensure_ascii=False, indent=1) + "\n"
+        (self.folder / SETTINGS_FILE).write_text(text, encoding="utf-8")
+        return None
+
+    def last(self) -> Path | None:
+        """The newest whole checkpoint."""
+        whole = [path.parent for path in self.folder.glob(f"checkpoint-*/{COMPLETE_FILE}")]
+        return max(whole, key=lambda path: int(path.name.rpartition("-")[2]), default=None)
+
+    def remove(self) -> None:
+        """Remove all of it: the run is finished, or begins anew."""
+        shutil.rmtree(self.folder, ignore_errors=True)
+
+    def _require_same(self, settings: dict[str, Any]) -> None:
+        try:
+            before = json.loads((self.folder / SETTINGS_FILE).read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            before = {}
+        changed = sorted(name for name in settings if before.get(name) != settings[name])
+        if changed:
+            raise BadSetting(
+                f"--resume: {', '.join(changed)}",
+                "differs from the run that is to be resumed"
+                if len(changed) == 1
+                else "differ from the run that is to be resumed",
+                f"Give what {self.folder / SETTINGS_FILE} says, or --overwrite to begin anew.",
+            )
+
+
+def save_weights(tensors: dict[str, torch.Tensor], path: Path) -> None:
+    """Write what is trained under a temporary name and rename it."""
+    from safetensors.torch import save_file
+
+    partial = path.with_suffix(".partial")
+    save_file({name: tensor.detach().contiguous() for name, tensor in tensors.items()}, partial)
+    partial.rename(path)
+
+
+def load_weights(model: torch.nn.Module, path: Path) -> None:
+    """Put saved weights back in place; the parameters stay the same objects."""
+    from safetensors.torch import load_file
+
+    model.load_state_dict(load_file(path), strict=False)
+
+
+class Pace:
+    """Says when the next checkpoint is due: every so many steps, else at an epoch's end after a minute."""
+
+    def __init__(self, save_steps: int) -> None:
+        self._steps, self._last = save_steps, time.monotonic()
+
+    def is_due(self, step: int, epoch_ended: bool) -> bool:
+        if self._steps:
+            return not epoch_ended and step % self._steps == 0
+        return epoch_ended and time.monotonic() - self._last >= EVERY_S
+
+    def saved(self) -> None:
+        """Count from now on."""
+        self._last = time.monotonic()

@@ -1,0 +1,263 @@
+"""One training run: from settings to a finished folder. Everything that may be wrong is asked first."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.metadata
+import importlib.util
+import os
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from train.card import draw, write_card, write_log
+from train.checkpoints import Checkpoints
+from train.config import TrainConfig, default_learning_rate, planned_steps
+from train.data import Data, digest_of
+from train.export import Extras, check_output, export_adapter, export_model
+from train.prepare import Prepared, prepare, read_configured
+from vllm_lora_ext import __version__
+from vllm_lora_ext.base_model import BaseModel, read_base_model
+from vllm_lora_ext.contract import Identity, read_chat_settings
+from vllm_lora_ext.errors import BadInput, MissingPackage
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+    from train.methods import Trainable
+    from train.probes import Prober
+    from train.trainer import TrainingResult
+
+_REPORTER_PACKAGES = {
+    "tensorboard": ("tensorboard", "tensorboardX"),
+    "wandb": ("wandb",),
+    "mlflow": ("mlflow",),
+}
+# Full fine-tuning moves every weight, where LoRA moves few through a product: a tenth is common practice.
+_FULL_RATE = 0.1
+
+
+def say(line: str) -> None:
+    """Progress goes to stderr; stdout is data. Of several processes one speaks."""
+    if is_first_process():
+        print(line, file=sys.stderr, flush=True)
+
+
+def is_first_process() -> bool:
+    """Whether this process writes; there are several under `accelerate launch` and `torchrun`."""
+    return os.environ.get("RANK", "0") == "0"
+
+
+def prepared_rows(config: TrainConfig) -> tuple[Data, Prepared, PreTrainedTokenizerBase]:
+    """The rows as they will be trained on, with every finding about them said.
+
+    Raises:
+        BadInput: rows, base model or settings are wrong.
+    """
+    data = read_configured(config)
+    read_base_model(config.base_path)
+    import transformers
+
+    from train.model import load_tokenizer
+
+    transformers.utils.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()  # of loading; training has its own
+    tokenizer = load_tokenizer(config.base_path)
+    prepared = prepare(data, config, tokenizer)
+    say(f"{prepared.training_rows} rows to train on, {prepared.held_out_rows} held out")
+    if prepared.bad:
+        say(f"warning: {len(prepared.bad)} rows are left out: {prepared.bad[0]}")
+    for finding in prepared.findings:
+        say(str(finding))
+    return data, prepared, tokenizer
+
+
+def train(config: TrainConfig) -> str:
+    """Train, and return the folder that the adapter or model was written to.
+
+    Raises:
+        BadInput: rows, base model, settings or output folder are wrong; nothing was written.
+        TrainingFailed: the loss became no number, or memory or the disk is full; what can be gone on from
+            is said.
+    """
+    check_output(config.adapter_dir, config.overwrite)
+    _require_reporters(config)
+    data, prepared, tokenizer = prepared_rows(config)
+    base = read_base_model(config.base_path)
+
+    import transformers
+
+    from train.answer_loss import use_answer_loss
+    from train.attention import use_short_row_attention
+    from train.fused import fuse
+    from train.methods import count_parameters, next_command, prepare_model, serving_note
+    from train.probes import Prober, make_probes
+    from train.serve_check import require_servable
+    from train.trainer import run_training
+
+    probes = make_probes(config.probe, data.rows, prepared.form, tokenizer, config.system_prompt)
+    prober = Prober(probes, tokenizer)
+    transformers.set_seed(config.seed)
+    model = prepare_model(config)
+    identity = Identity(config.name, prepared.form.template, system_prompt=config.system_prompt)
+    if config.serve_check and config.method != "full":
+        for finding in require_servable(model, identity, config.base_path):
+            say(str(finding))
+    checkpoints = Checkpoints(config)
+    data_digest = digest_of(config.data, config.data_split)
+    resume_from = checkpoints.begin(data_digest) if is_first_process() else checkpoints.last()
+    causal = model if config.method == "full" else model.get_base_model()
+    use_answer_loss(causal)
+    use_short_row_attention(causal)
+    fuse(model)
+    rate = config.learning_rate or _default_rate(causal.config.hidden_size, config)
+    say(str(count_parameters(model)))
+    say(f"{steps_line(len(prepared.training), config)}, learning rate {rate:.2g}")
+    before = prober.answers(model) if resume_from is None else None
+    result = run_training(
+        model,
+        prepared.training,
+        prepared.held_out,
+        config,
+        rate,
+        _pad(tokenizer),
+        checkpoints,
+        resume_from,
+        prober,
+    )
+    if is_first_process():
+        identity = dataclasses.replace(
+            identity, provenance=_provenance(config, base, prepared, data_digest, rate, result, prober, model)
+        )
+        _export(config, model, tokenizer, identity, result, checkpoints)
+        checkpoints.remove()
+    _say_result(result)
+    _say_probes(before, identity.provenance.get("probes", []))
+    if note := serving_note(config):
+        say(f"note: {note}.")
+    say(f"Next: {next_command(config)}")
+    return str(config.adapter_dir)
+
+
+def steps_line(num_rows: int, config: TrainConfig) -> str:
+    """How many steps there will be, as arithmetic that a reader can follow."""
+    steps = planned_steps(num_rows, config)
+    if config.max_steps > 0:
+        return f"steps = {steps} (--max-steps)"
+    batch = config.per_device_train_batch_size * config.gradient_accumulation_steps
+    return f"steps = {num_rows} rows x {config.num_train_epochs:g} epochs / batch of {batch} = {steps}" + (
+        "" if num_rows % batch == 0 else " (the last batch of an epoch is smaller)"
+    )
+
+
+def _require_reporters(config: TrainConfig) -> None:
+    for name in config.report_to:
+        packages = _REPORTER_PACKAGES.get(name, ())
+        if packages and not any(importlib.util.find_spec(package) for package in packages):
+            rule = f"is not installed, and --report-to {name} needs it"
+            raise MissingPackage(packages[0], rule, f"Run `pip install {packages[0]}`.")
+
+
+def _default_rate(width: int, config: TrainConfig) -> float:
+    return default_learning_rate(width) * (_FULL_RATE if config.method == "full" else 1)
+
+
+def _pad(tokenizer: PreTrainedTokenizerBase) -> int:
+    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
+    return int(pad)
+
+
+def _provenance(
+    config: TrainConfig,
+    base: BaseModel,
+    prepared: Prepared,
+    data_digest: str,
+    rate: float,
+    result: TrainingResult,
+    prober: Prober,
+    model: Trainable,
+) -> dict[str, Any]:
+    """Where the folder comes from, as `identity.json` tells it."""
+    from train.methods import serving_note
+
+    arguments = {
+        name: list(value) if isinstance(value, tuple) else value
+        for name, value in dataclasses.asdict(config).items()
+    }
+    rows = prepared.training_rows + prepared.held_out_rows
+    return {
+        "base_model": {"name": base.public_name, "fingerprint": base.fingerprint},
+        "data": {"files": [*config.data], "rows": rows, "sha256": data_digest},
+        "prompt_template": config.prompt_template,
+        "seed": config.seed,
+        "arguments": {**arguments, "learning_rate": rate},
+        "result": {key: value for key, value in vars(result).items() if key not in ("seconds", "history")},
+        "versions": _versions(),
+        "note": serving_note(config),
+        "dtype": str(next(model.parameters()).dtype).removeprefix("torch."),
+        "probes": prober.golden(model),
+    }
+
+
+def _versions() -> dict[str, str]:
+    packages = ("torch", "transformers", "peft", "accelerate")
+    return {"vllm-lora": __version__} | {name: importlib.metadata.version(name) for name in packages}
+
+
+def _export(
+    config: TrainConfig,
+    model: Any,
+    tokenizer: PreTrainedTokenizerBase,
+    identity: Identity,
+    result: TrainingResult,
+    checkpoints: Checkpoints,
+) -> None:
+    from train.methods import next_command
+    from train.model import stored_dtype
+
+    def write(folder: Path) -> None:
+        write_log(folder, result.history)
+        draw(folder, result.history, config.name)
+        write_card(
+            folder, config.name, identity.provenance, identity.provenance["note"], next_command(config)
+        )
+
+    extras = Extras(write, _base_sampling(config.base_path), checkpoints.last())
+    if config.method == "full":
+        dtype = stored_dtype(config.base_path)
+        export_model(model, tokenizer, config.adapter_dir, identity, config.overwrite, dtype, extras)
+    else:
+        export_adapter(model, config.adapter_dir, identity, config.overwrite, extras)
+
+
+def _base_sampling(base: str) -> dict[str, float]:
+    """The base's own sampling defaults: what was trained is asked as its base is."""
+    try:
+        return dict(read_chat_settings(Path(base)).sampling)
+    except BadInput:  # the base's business; its server will say so
+        return {}
+
+
+def _say_result(result: TrainingResult) -> None:
+    held = (
+        f"held out {result.eval_loss:.4f}, accuracy {result.eval_token_accuracy:.1%}"
+        if result.eval_loss is not None and result.eval_token_accuracy is not None
+        else "nothing held out"
+    )
+    say(
+        f"{result.steps} steps in {result.seconds:.0f} s: loss {result.loss:.4f}, "
+        f"token accuracy {result.token_accuracy:.1%}; {held}"
+    )
+    if result.stopped:
+        say(f"stopped early: {result.stopped}")
+    if result.kept_step != result.steps:
+        say(f"kept: the weights of step {result.kept_step}")
+
+
+def _say_probes(before: list[str] | None, probes: list[dict[str, Any]]) -> None:
+    """Each probe's answers before and after."""
+    for number, probe in enumerate(probes):
+        say(f"  {probe['question']}")
+        if before is not None:
+            say(f"    before: {before[number]}")
+        say(f"    after:  {probe['answer']}")
