@@ -14,7 +14,10 @@ from vllm_lora_ext.exit_codes import run_command
 
 # verb -> (`module:function(argv) -> int`, what it does); a module is imported only when it is asked for
 COMMANDS = {
-    "train": ("train.__main__:main", "train an adapter from rows of instruction, input and output"),
+    "train": (
+        "train.__main__:main",
+        "train an adapter, or a whole model, from rows of questions and answers",
+    ),
     "validate": ("serve.validate:main", "say whether adapters may be served, and if not, why"),
     "show": ("serve.versions:show", "show an adapter's folder, or a published name with its versions"),
     "serve": ("serve.launch:main", "serve a base model and a folder of adapters"),

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 from train.arguments import parse_config
 from train.config import TrainConfig
-from train.run import prepared_rows, train
+from train.run import check_before_rows, check_servable, is_first_process, make_prober, prepared_rows, train
 from vllm_lora_ext.exit_codes import run_command
 
 
@@ -24,7 +24,10 @@ def show_dry_run(config: TrainConfig) -> None:
     from train.dry_run import as_text, dry_run
     from train.methods import base_dtype
 
-    _, prepared, _ = prepared_rows(config)
+    check_before_rows(config)
+    data, prepared, tokenizer = prepared_rows(config)
+    make_prober(config, data, prepared, tokenizer)
+    check_servable(config, prepared)
     print(as_text(dry_run(prepared, config, base_dtype(config)), config))
 
 
@@ -36,7 +39,9 @@ def main(argv: Sequence[str]) -> int:
     if config.dry_run:
         show_dry_run(config)
     if not (config.preview or config.dry_run):
-        print(train(config))
+        folder = train(config)
+        if is_first_process():
+            print(folder)
     return 0
 
 

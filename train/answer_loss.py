@@ -20,7 +20,8 @@ from train.prompts import IGNORED
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-_PIECE_BYTES = 96 << 20  # of float32 logits
+_PIECE_BYTES = 96 << 20  # of float32 logits; enough rows for the product with the head to be fast
+_SOFTMAX_ROWS = 16  # of a piece: what is float32 for a moment stays small, and in the cache
 # Settings of models that do something to their logits behind the head (Gemma, Granite, Cohere).
 _AFTER_THE_HEAD = ("final_logit_softcapping", "logits_scaling", "logit_scale")
 
@@ -42,15 +43,11 @@ class _HeadLoss(torch.autograd.Function):  # type: ignore[misc]
         for start in range(0, len(wanted), rows):
             piece, labels = hidden[start : start + rows], wanted[start : start + rows]
             logits = functional.linear(piece, weight, bias)
-            most, likeliest = logits.max(dim=-1)
-            right += (likeliest == labels).sum()
-            grad = torch.softmax(logits, dim=-1, dtype=torch.float32)
-            here = torch.arange(len(labels), device=labels.device)
-            # The likeliest token's probability is never tiny, so its logarithm tells the sum of all.
-            log_sum = most.float() - grad[here, likeliest].log()
-            loss += (log_sum - logits[here, labels].float()).sum()
-            grad[here, labels] -= 1
-            grad = grad.to(hidden.dtype)
+            for first in range(0, len(labels), _SOFTMAX_ROWS):
+                part = slice(first, first + _SOFTMAX_ROWS)
+                part_loss, part_right = _to_gradient(logits[part], labels[part])
+                loss, right = loss + part_loss, right + part_right
+            grad = logits  # by now
             hidden_grad[start : start + rows] = grad @ weight
             if weight_grad is not None:
                 weight_grad += grad.t() @ piece
@@ -66,6 +63,20 @@ class _HeadLoss(torch.autograd.Function):  # type: ignore[misc]
             None if saved is None else (saved * grads[0]).to(saved.dtype) for saved in ctx.saved_tensors
         )
         return hidden, weight, bias, None
+
+
+def _to_gradient(logits: torch.Tensor, labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Exchange logits (tokens, vocabulary) in place for the gradient of the summed loss; gives back that
+    loss, and how many labels were the likeliest."""
+    most, likeliest = logits.max(dim=-1)
+    here = torch.arange(len(labels), device=labels.device)
+    of_label = logits[here, labels].float()
+    grad = torch.softmax(logits, dim=-1, dtype=torch.float32)
+    # The likeliest token's probability is never tiny, so its logarithm tells the sum of all.
+    log_sum = most.float() - grad[here, likeliest].log()
+    grad[here, labels] -= 1
+    logits.copy_(grad)
+    return (log_sum - of_label).sum(), (likeliest == labels).sum()
 
 
 def use_answer_loss(model: PreTrainedModel) -> None:

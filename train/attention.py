@@ -57,10 +57,37 @@ def attend(
 
 def _short(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scaling: float) -> torch.Tensor:
     rows, heads, length, size = query.shape
-    groups = key.shape[1]
-    ahead = torch.full((length, length), float("-inf"), device=query.device).triu(1)
-    together = query.reshape(rows, groups, heads // groups * length, size)
-    scores = (together @ key.transpose(-1, -2)).view(rows, groups, -1, length, length)
-    shares = torch.softmax(scores.float().mul_(scaling).add_(ahead), dim=-1).to(value.dtype)
-    out = shares.view(rows, groups, -1, length) @ value
+    together = query.reshape(rows, key.shape[1], -1, size)  # (rows, groups, heads of a group x length, size)
+    out = _Grouped.apply(together, key, value, scaling)
     return out.view(rows, heads, length, -1).transpose(1, 2).contiguous()
+
+
+class _Grouped(torch.autograd.Function):  # type: ignore[misc]
+    """softmax(q k^T scaling, no look ahead) v; the softmax is taken in float32 and kept in the inputs' dtype.
+
+    q is (rows, groups, n x length, size), k and v (rows, groups, length, size).
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scaling: float
+    ) -> torch.Tensor:
+        length = key.shape[2]
+        scores = (query @ key.transpose(-1, -2)).float().mul_(scaling)
+        ahead = torch.ones(length, length, dtype=torch.bool, device=key.device).triu_(1)
+        scores.view(*key.shape[:2], -1, length, length).masked_fill_(ahead, float("-inf"))
+        shares = torch.softmax(scores, dim=-1).to(value.dtype)
+        out = shares @ value
+        ctx.save_for_backward(query, key, value, shares, out)
+        ctx.scaling = scaling
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        query, key, value, shares, out = ctx.saved_tensors
+        grad = grads[0]
+        common = (grad.float() * out).sum(dim=-1, keepdim=True)
+        score_grad = (grad @ value.transpose(-1, -2)).float().sub_(common)
+        score_grad = score_grad.mul_(shares).mul_(ctx.scaling).to(query.dtype)
+        value_grad = shares.transpose(-1, -2) @ grad
+        return score_grad @ key, score_grad.transpose(-1, -2) @ query, value_grad, None

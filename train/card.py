@@ -10,6 +10,7 @@ from typing import Any
 CARD_FILE = "README.md"
 LOG_FILE = "training_log.jsonl"
 PICTURE_FILE = "training.png"
+_KINDS = {"lora": "LoRA", "qlora": "LoRA", "dora": "DoRA"}
 
 
 def write_log(folder: Path, history: Sequence[Mapping[str, float]]) -> None:
@@ -52,7 +53,7 @@ def write_card(
     tags = [provenance["arguments"]["method"], "vllm-lora"]
     lines = ["---", *(f"{key}: {json.dumps(value)}" for key, value in front.items())]
     lines += [f"tags: {json.dumps(tags)}", "pipeline_tag: text-generation", "---", "", f"# {name}", ""]
-    kind = "A LoRA adapter of" if is_adapter else "A fine-tuned copy of"
+    kind = f"A {_KINDS[tags[0]]} adapter of" if is_adapter else "A fine-tuned copy of"
     lines += [f"{kind} `{base['name']}`, made with vllm-lora.", ""]
     if note:
         lines += [f"> {note}.", ""]

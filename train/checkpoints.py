@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from train.config import TrainConfig
-from vllm_lora_ext.errors import BadSetting
+from vllm_lora_ext.errors import BadSetting, TrainingFailed
 
 if TYPE_CHECKING:
     import torch
@@ -21,6 +21,7 @@ BEST_FILE = "best.safetensors"
 COMPLETE_FILE = "complete"
 KEPT = 2  # the newest may be cut short by a kill; the one before it is whole
 EVERY_S = 60.0  # by default at the end of an epoch, and not more often than this
+LAST_S = 10.0  # what a run has done since the last one is saved once more at its end, if it is worth it
 # What may differ between a run and its continuation: it changes no weight.
 _FREE = (
     "overwrite",
@@ -31,6 +32,9 @@ _FREE = (
     "save_steps",
     "report_to",
     "serve_check",
+    "gradient_checkpointing",
+    "data",  # where the data lie; what is in them has a digest
+    "output_dir",
 )
 
 
@@ -46,14 +50,17 @@ class Checkpoints:
         }
         self._resume, self._overwrite = config.resume, config.overwrite
 
-    def begin(self, data_digest: str) -> Path | None:
+    def begin(self, **facts: str) -> Path | None:
         """The checkpoint to go on from, None for a new run; the folder is there then.
 
+        `facts` are what else must be the same: digest of the data, fingerprint and dtype of the base.
+
         Raises:
-            BadSetting: an interrupted run is there and nothing is said about it; or settings or data have
+            BadSetting: an interrupted run is there and nothing is said about it; or settings or facts have
                 changed since it began.
+            TrainingFailed: the folder cannot be written.
         """
-        settings = {**self._settings, "data_sha256": data_digest}
+        settings = {**self._settings, **facts}
         last = self.last()
         if last is not None and not self._resume and not self._overwrite:
             raise BadSetting(
@@ -65,15 +72,28 @@ class Checkpoints:
             self._require_same(settings)
             return last
         self.remove()
-        self.folder.mkdir(parents=True)
         text = json.dumps(settings, ensure_ascii=False, indent=1) + "\n"
-        (self.folder / SETTINGS_FILE).write_text(text, encoding="utf-8")
+        try:
+            self.folder.mkdir(parents=True)
+            (self.folder / SETTINGS_FILE).write_text(text, encoding="utf-8")
+        except OSError as error:
+            rule = f"cannot be written ({error.strerror})"
+            raise TrainingFailed(
+                str(self.folder), rule, "Free some space, or change --output-dir."
+            ) from error
         return None
 
     def last(self) -> Path | None:
         """The newest whole checkpoint."""
         whole = [path.parent for path in self.folder.glob(f"checkpoint-*/{COMPLETE_FILE}")]
         return max(whole, key=lambda path: int(path.name.rpartition("-")[2]), default=None)
+
+    def way_back(self) -> str:
+        """What to tell somebody whose run broke off."""
+        last = self.last()
+        if last is None:
+            return "No checkpoint was written yet."
+        return f"Go on from {last} with the same command and --resume."
 
     def remove(self) -> None:
         """Remove all of it: the run is finished, or begins anew."""
@@ -117,10 +137,14 @@ class Pace:
     def __init__(self, save_steps: int) -> None:
         self._steps, self._last = save_steps, time.monotonic()
 
-    def is_due(self, step: int, epoch_ended: bool) -> bool:
+    def is_due(self, step: int, last_step: int, epoch_ended: bool) -> bool:
+        """Asked after each step and each epoch."""
+        passed = time.monotonic() - self._last
+        if step >= last_step and passed >= LAST_S:
+            return True
         if self._steps:
             return not epoch_ended and step % self._steps == 0
-        return epoch_ended and time.monotonic() - self._last >= EVERY_S
+        return epoch_ended and passed >= EVERY_S
 
     def saved(self) -> None:
         """Count from now on."""

@@ -22,8 +22,8 @@ ALL_LINEAR = "all-linear"  # PEFT's word for every linear module but the head
 METHODS = ("lora", "dora", "qlora", "full")
 INITS = ("default", "gaussian", "pissa", "pissa_niter_4", "olora", "orthogonal")
 _SERVE_NO_DORA = (
-    "Add --no-serve-check to train it all the same: `vllm-lora merge` makes a full model of it, and "
-    "`vllm-lora convert --max-rank` the nearest LoRA. Or use --method lora."
+    "Add --no-serve-check to train it all the same: `vllm-lora merge` makes a full model "
+    "of it. Or use --method lora."
 )
 _DORA_INITS = ("default", "gaussian", "orthogonal")
 REPORTERS = ("none", "tensorboard", "wandb", "mlflow")
@@ -132,7 +132,7 @@ class TrainConfig:
     seed: int = _flag("seed of the split, the order and the initial weights", 42)
     logging_steps: int = _flag("steps between two lines of loss and token accuracy", 20)
     eval_steps: int = _flag("steps between two evaluations of the held-out rows; 0: once per epoch", 0)
-    save_steps: int = _flag("steps between two checkpoints; 0: once per epoch", 0)
+    save_steps: int = _flag("steps between two checkpoints; 0: at an epoch's end, once a minute at most", 0)
     early_stopping_patience: int = _flag("stop after so many evaluations without a better loss; 0: never", 0)
     keep: str = _flag(
         "which weights become the adapter: those after the last step, or those with the best held-out loss",
@@ -179,6 +179,7 @@ class TrainConfig:
             if self.dtype not in ("auto", "float32"):
                 rule = f"cannot be had with {method}, which trains the weights themselves, in float32"
                 yield f"--dtype {self.dtype}", rule, "Leave it out; they are saved in the base's own dtype."
+        yield from self._impossible_stops()
         if self.method == "dora" and self.init_lora_weights not in _DORA_INITS:
             yield init, f"is not for {method}", f"Use one of {', '.join(_DORA_INITS)}."
         if self.method == "dora" and self.serve_check:
@@ -187,6 +188,17 @@ class TrainConfig:
         odd = [rank for rank in (self.lora_r, *self.ranks.values()) if rank % 2]
         if self.init_lora_weights == "orthogonal" and odd:
             yield init, f"needs even ranks, and there is {odd[0]}", "Change --lora-r or --rank-pattern."
+
+    def _impossible_stops(self) -> Iterator[tuple[str, str, str]]:
+        if self.keep == "best" and self.probe:
+            rule = "may keep other weights than those that answered the probes"
+            yield "--keep best", rule, "Leave out --probe or --keep."
+        for flag, is_set in (
+            ("--keep best", self.keep == "best"),
+            ("--early-stopping-patience", self.early_stopping_patience > 0),
+        ):
+            if is_set and not self.validation_split:
+                yield flag, "goes by held-out rows, and there are none", "Set --validation-split above 0."
 
     @property
     def ranks(self) -> dict[str, int]:
@@ -265,10 +277,10 @@ def _pairs(flag: str, parts: Sequence[str], number: Callable[[str], float]) -> I
         yield name, value
 
 
-def planned_steps(num_rows: int, config: TrainConfig) -> int:
+def planned_steps(num_rows: int, config: TrainConfig, processes: int = 1) -> int:
     """Optimizer steps of a run: rows x epochs / batch, rounded up within each epoch."""
     if config.max_steps > 0:
         return config.max_steps
-    batches = -(-num_rows // config.per_device_train_batch_size)
+    batches = -(-num_rows // (config.per_device_train_batch_size * processes))
     per_epoch = -(-batches // config.gradient_accumulation_steps)
     return max(1, math.ceil(per_epoch * config.num_train_epochs))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -12,6 +13,7 @@ from train.export import check_output, finished_folder
 from vllm_lora_ext.base_model import read_base_model
 from vllm_lora_ext.errors import BadInput, OutputExists
 from vllm_lora_ext.inspection import Rules, inspect_adapter, require_admitted
+from vllm_lora_ext.peft_format import CONFIG_FILE
 
 
 def merge(adapter_dir: Path, base_model: str | None, output_dir: Path) -> None:
@@ -28,7 +30,9 @@ def merge(adapter_dir: Path, base_model: str | None, output_dir: Path) -> None:
         raise OutputExists(str(output_dir), "is there already", "Choose another --output-dir.")
     check_output(output_dir, overwrite=False)
     base_name = base_model_of(adapter_dir, base_model)
-    inspection = inspect_adapter(adapter_dir, Rules(read_base_model(base_name)))
+    # What a server cannot serve as an adapter, PEFT may well merge: DoRA's magnitudes.
+    allow = frozenset({"feature_unsupported", "module_unknown"} if _is_dora(adapter_dir) else ())
+    inspection = inspect_adapter(adapter_dir, Rules(read_base_model(base_name), allow=allow))
     require_admitted(inspection)
 
     import torch
@@ -48,6 +52,14 @@ def merge(adapter_dir: Path, base_model: str | None, output_dir: Path) -> None:
     with finished_folder(output_dir) as staging:
         merged.save_pretrained(str(staging))
         tokenizer.save_pretrained(str(staging))
+
+
+def _is_dora(adapter_dir: Path) -> bool:
+    try:
+        config = json.loads((adapter_dir / CONFIG_FILE).read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):  # the inspection says what is wrong with it
+        return False
+    return isinstance(config, dict) and config.get("use_dora") is True
 
 
 def main(argv: Sequence[str]) -> int:

@@ -85,6 +85,18 @@ def add_adapter(base: PreTrainedModel, config: TrainConfig) -> PeftModel:
     Raises:
         BadSetting: targets or patterns name no module of the base.
     """
+    model = add_hollow_adapter(base, config)
+    if config.init_lora_weights in PRINCIPAL_INITS:
+        begin_at_principal(model, config.init_lora_weights)
+    return model
+
+
+def add_hollow_adapter(base: PreTrainedModel, config: TrainConfig) -> PeftModel:
+    """As `add_adapter`, right in shapes; the base's weights need not be there (torch's meta device).
+
+    Raises:
+        BadSetting: as `add_adapter`.
+    """
     from peft import get_peft_model
 
     try:
@@ -99,8 +111,6 @@ def add_adapter(base: PreTrainedModel, config: TrainConfig) -> PeftModel:
             f"Name linear modules of the base, for example q_proj v_proj, or {ALL_LINEAR}.",
         ) from error
     _require_that_names_meet(model, config)
-    if config.init_lora_weights in PRINCIPAL_INITS:
-        begin_at_principal(model, config.init_lora_weights)
     return model
 
 
@@ -164,10 +174,7 @@ def count_parameters(model: Trainable) -> ParameterCount:
 def serving_note(config: TrainConfig) -> str | None:
     """What has to be known before it is served, for stderr, model card and provenance; None if nothing."""
     if config.method == "dora":
-        return (
-            "vLLM cannot serve DoRA. `vllm-lora merge` makes a full model of it, which computes the same; "
-            "`vllm-lora convert --max-rank` makes the nearest ordinary LoRA"
-        )
+        return "vLLM cannot serve DoRA. `vllm-lora merge` makes a full model of it, which computes the same"
     if config.method == "qlora":
         return (
             "Trained over the base in 4 bits (nf4). A server that holds the base in its own dtype computes "

@@ -73,7 +73,7 @@ def prepare(data: Data, config: TrainConfig, tokenizer: PreTrainedTokenizerBase)
         form,
         training,
         held_out,
-        sum(row.where not in refused for row in training_rows),
+        sum(row.where not in refused for row in training_rows) - len(too_long),
         sum(row.where not in refused for row in held_out_rows),
         [*data.bad, *(bad or ())],
         too_long,

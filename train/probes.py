@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from train.prompts import PromptForm
-from train.rows import ASSISTANT, Row
+from train.rows import Row, with_system
 from vllm_lora_ext.errors import BadSetting
 
 if TYPE_CHECKING:
@@ -92,6 +92,8 @@ class Prober:
         return [
             {
                 "question": probe.question,
+                "must_hold": probe.must_hold,
+                "right": probe.is_right(self.text(answer), self._tokenizer.eos_token_id in answer),
                 "prompt_ids": list(probe.prompt_ids),
                 "answer_ids": answer,
                 "answer": self.text(answer),
@@ -135,8 +137,8 @@ def make_probes(
     probes = [_probe(question, hold, form, tokenizer, system_prompt) for question, hold in made]
     if probes:
         return probes
-    single = [row for row in rows if sum(turn.role == ASSISTANT for turn in row.messages) == 1]
-    return [_probe(form.message(row), None, form, tokenizer, system_prompt) for row in single[:SHOWN]]
+    asked = (Row(row.messages[:-1], row.where) for row in with_system(rows[:SHOWN], system_prompt))
+    return [_rendered(form.message(row), None, form.chat(row), form, tokenizer) for row in asked]
 
 
 def _probe(
@@ -147,8 +149,18 @@ def _probe(
     system_prompt: str | None,
 ) -> Probe:
     chat = [{"role": "system", "content": system_prompt}] if system_prompt else []
+    return _rendered(question, must_hold, [*chat, {"role": "user", "content": question}], form, tokenizer)
+
+
+def _rendered(
+    question: str,
+    must_hold: str | None,
+    chat: list[dict[str, str]],
+    form: PromptForm,
+    tokenizer: PreTrainedTokenizerBase,
+) -> Probe:
     ids = tokenizer.apply_chat_template(
-        [*chat, {"role": "user", "content": question}],
+        chat,
         chat_template=form.template,
         add_generation_prompt=True,
         return_dict=False,

@@ -17,7 +17,7 @@ from train.data import Data, digest_of
 from train.export import Extras, check_output, export_adapter, export_model
 from train.prepare import Prepared, prepare, read_configured
 from vllm_lora_ext import __version__
-from vllm_lora_ext.base_model import BaseModel, read_base_model
+from vllm_lora_ext.base_model import read_base_model
 from vllm_lora_ext.contract import Identity, read_chat_settings
 from vllm_lora_ext.errors import BadInput, MissingPackage
 
@@ -48,6 +48,11 @@ def is_first_process() -> bool:
     return os.environ.get("RANK", "0") == "0"
 
 
+def num_processes() -> int:
+    """How many processes train together, each with its own rows of a step."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
 def prepared_rows(config: TrainConfig) -> tuple[Data, Prepared, PreTrainedTokenizerBase]:
     """The rows as they will be trained on, with every finding about them said.
 
@@ -66,7 +71,7 @@ def prepared_rows(config: TrainConfig) -> tuple[Data, Prepared, PreTrainedTokeni
     prepared = prepare(data, config, tokenizer)
     say(f"{prepared.training_rows} rows to train on, {prepared.held_out_rows} held out")
     if prepared.bad:
-        say(f"warning: {len(prepared.bad)} rows are left out: {prepared.bad[0]}")
+        say(f"warning: {len(prepared.bad)} of the rows left out, the first of them: {prepared.bad[0]}")
     for finding in prepared.findings:
         say(str(finding))
     return data, prepared, tokenizer
@@ -80,57 +85,35 @@ def train(config: TrainConfig) -> str:
         TrainingFailed: the loss became no number, or memory or the disk is full; what can be gone on from
             is said.
     """
-    check_output(config.adapter_dir, config.overwrite)
-    _require_reporters(config)
+    from train.methods import count_parameters, next_command, serving_note
+    from train.trainer import explained, run_training
+
+    check_before_rows(config)
     data, prepared, tokenizer = prepared_rows(config)
-    base = read_base_model(config.base_path)
-
-    import transformers
-
-    from train.answer_loss import use_answer_loss
-    from train.attention import use_short_row_attention
-    from train.fused import fuse
-    from train.methods import count_parameters, next_command, prepare_model, serving_note
-    from train.probes import Prober, make_probes
-    from train.serve_check import require_servable
-    from train.trainer import run_training
-
-    probes = make_probes(config.probe, data.rows, prepared.form, tokenizer, config.system_prompt)
-    prober = Prober(probes, tokenizer)
-    transformers.set_seed(config.seed)
-    model = prepare_model(config)
-    identity = Identity(config.name, prepared.form.template, system_prompt=config.system_prompt)
-    if config.serve_check and config.method != "full":
-        for finding in require_servable(model, identity, config.base_path):
-            say(str(finding))
-    checkpoints = Checkpoints(config)
-    data_digest = digest_of(config.data, config.data_split)
-    resume_from = checkpoints.begin(data_digest) if is_first_process() else checkpoints.last()
-    causal = model if config.method == "full" else model.get_base_model()
-    use_answer_loss(causal)
-    use_short_row_attention(causal)
-    fuse(model)
-    rate = config.learning_rate or _default_rate(causal.config.hidden_size, config)
+    prober = make_prober(config, data, prepared, tokenizer)
+    model, identity = _servable_model(config, prepared)
+    checkpoints, facts, resume_from = _begin(config)
+    rate = config.learning_rate or _default_rate(model.config.hidden_size, config)
     say(str(count_parameters(model)))
-    say(f"{steps_line(len(prepared.training), config)}, learning rate {rate:.2g}")
-    before = prober.answers(model) if resume_from is None else None
-    result = run_training(
-        model,
-        prepared.training,
-        prepared.held_out,
-        config,
-        rate,
-        _pad(tokenizer),
-        checkpoints,
-        resume_from,
-        prober,
-    )
-    if is_first_process():
-        identity = dataclasses.replace(
-            identity, provenance=_provenance(config, base, prepared, data_digest, rate, result, prober, model)
-        )
-        _export(config, model, tokenizer, identity, result, checkpoints)
-        checkpoints.remove()
+    say(f"{steps_line(len(prepared.training), config, num_processes())}, learning rate {rate:.2g}")
+    rows = (prepared.training, prepared.held_out)
+    try:
+        with explained(checkpoints):
+            before = prober.answers(model) if resume_from is None else None
+        pad = _pad(tokenizer)
+        result = run_training(model, *rows, config, rate, pad, checkpoints, resume_from, prober)
+        if is_first_process():
+            with explained(checkpoints):
+                told = _provenance(config, facts, prepared, rate, result, prober, model)
+            identity = dataclasses.replace(identity, provenance=told)
+            _export(config, model, tokenizer, identity, result, checkpoints)
+            checkpoints.remove()
+    except KeyboardInterrupt:
+        say(f"interrupted. {checkpoints.way_back()}")
+        raise
+    finally:
+        if is_first_process() and checkpoints.last() is None:
+            checkpoints.remove()  # nothing in it that anybody could go on from
     _say_result(result)
     _say_probes(before, identity.provenance.get("probes", []))
     if note := serving_note(config):
@@ -139,23 +122,112 @@ def train(config: TrainConfig) -> str:
     return str(config.adapter_dir)
 
 
-def steps_line(num_rows: int, config: TrainConfig) -> str:
-    """How many steps there will be, as arithmetic that a reader can follow."""
-    steps = planned_steps(num_rows, config)
-    if config.max_steps > 0:
-        return f"steps = {steps} (--max-steps)"
-    batch = config.per_device_train_batch_size * config.gradient_accumulation_steps
-    return f"steps = {num_rows} rows x {config.num_train_epochs:g} epochs / batch of {batch} = {steps}" + (
-        "" if num_rows % batch == 0 else " (the last batch of an epoch is smaller)"
-    )
+def check_before_rows(config: TrainConfig) -> None:
+    """What can be asked before the rows are read.
 
-
-def _require_reporters(config: TrainConfig) -> None:
+    Raises:
+        BadInput: the output folder cannot be written to or holds something else; a package is missing.
+    """
+    check_output(config.adapter_dir, config.overwrite)
     for name in config.report_to:
         packages = _REPORTER_PACKAGES.get(name, ())
         if packages and not any(importlib.util.find_spec(package) for package in packages):
             rule = f"is not installed, and --report-to {name} needs it"
             raise MissingPackage(packages[0], rule, f"Run `pip install {packages[0]}`.")
+
+
+def make_prober(
+    config: TrainConfig, data: Data, prepared: Prepared, tokenizer: PreTrainedTokenizerBase
+) -> Prober:
+    """The run's probes, stated or taken from the rows.
+
+    Raises:
+        BadSetting: a stated one cannot be understood.
+    """
+    from train.probes import Prober, make_probes
+
+    probes = make_probes(config.probe, data.rows, prepared.form, tokenizer, config.system_prompt)
+    return Prober(probes, tokenizer)
+
+
+def check_servable(config: TrainConfig, prepared: Prepared) -> None:
+    """Ask what a server would say, with a model that has shapes and no weights: for the dry run.
+
+    Raises:
+        BadInput: targets name no module, or a server would refuse the adapter.
+    """
+    if config.method == "full":
+        return
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    from train.methods import add_hollow_adapter
+    from train.serve_check import require_servable
+
+    with torch.device("meta"):
+        base = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(config.base_path))
+        model = add_hollow_adapter(base, config)
+    if config.serve_check:
+        for finding in require_servable(model, _identity(config, prepared), config.base_path):
+            say(str(finding))
+
+
+def _identity(config: TrainConfig, prepared: Prepared) -> Identity:
+    return Identity(config.name, prepared.form.template, system_prompt=config.system_prompt)
+
+
+def _servable_model(config: TrainConfig, prepared: Prepared) -> tuple[Trainable, Identity]:
+    """The model, ready to be trained fast, once it is known that a server will take what comes of it."""
+    import transformers
+    from accelerate import PartialState
+
+    from train.answer_loss import use_answer_loss
+    from train.attention import use_short_row_attention
+    from train.fused import fuse
+    from train.methods import prepare_model
+    from train.serve_check import require_servable
+
+    PartialState()  # of several processes, each gets its GPU
+    transformers.set_seed(config.seed)
+    model, identity = prepare_model(config), _identity(config, prepared)
+    if config.serve_check and config.method != "full":
+        for finding in require_servable(model, identity, config.base_path):
+            say(str(finding))
+    causal: Any = model if config.method == "full" else model.get_base_model()
+    use_answer_loss(causal)
+    use_short_row_attention(causal)
+    fuse(model)
+    return model, identity
+
+
+def _begin(config: TrainConfig) -> tuple[Checkpoints, dict[str, str], Path | None]:
+    """The run's checkpoints, what it is about, and the checkpoint that it goes on from."""
+    from accelerate import PartialState
+
+    from train.methods import base_dtype
+
+    checkpoints = Checkpoints(config)
+    facts = {
+        "data_sha256": digest_of(config.data, config.data_split),
+        "base": read_base_model(config.base_path).fingerprint,
+        "dtype": str(base_dtype(config)).removeprefix("torch."),
+    }
+    runs = config.adapter_dir.with_name(f".{config.adapter_dir.name}.runs")
+    os.environ.setdefault("TENSORBOARD_LOGGING_DIR", str(runs))  # beside the checkpoints, which are removed
+    with PartialState().main_process_first():  # the others look at what the first one has put in order
+        resume_from = checkpoints.begin(**facts) if is_first_process() else checkpoints.last()
+    return checkpoints, facts, resume_from
+
+
+def steps_line(num_rows: int, config: TrainConfig, processes: int = 1) -> str:
+    """How many steps there will be, as arithmetic that a reader can follow."""
+    steps = planned_steps(num_rows, config, processes)
+    if config.max_steps > 0:
+        return f"steps = {steps} (--max-steps)"
+    batch = config.per_device_train_batch_size * config.gradient_accumulation_steps * processes
+    return f"steps = {num_rows} rows x {config.num_train_epochs:g} epochs / batch of {batch} = {steps}" + (
+        "" if num_rows % batch == 0 else " (the last batch of an epoch is smaller)"
+    )
 
 
 def _default_rate(width: int, config: TrainConfig) -> float:
@@ -169,9 +241,8 @@ def _pad(tokenizer: PreTrainedTokenizerBase) -> int:
 
 def _provenance(
     config: TrainConfig,
-    base: BaseModel,
+    facts: dict[str, str],
     prepared: Prepared,
-    data_digest: str,
     rate: float,
     result: TrainingResult,
     prober: Prober,
@@ -185,16 +256,17 @@ def _provenance(
         for name, value in dataclasses.asdict(config).items()
     }
     rows = prepared.training_rows + prepared.held_out_rows
+    base = read_base_model(config.base_path)
     return {
-        "base_model": {"name": base.public_name, "fingerprint": base.fingerprint},
-        "data": {"files": [*config.data], "rows": rows, "sha256": data_digest},
+        "base_model": {"name": base.public_name, "fingerprint": facts["base"]},
+        "data": {"files": [*config.data], "rows": rows, "sha256": facts["data_sha256"]},
         "prompt_template": config.prompt_template,
         "seed": config.seed,
         "arguments": {**arguments, "learning_rate": rate},
         "result": {key: value for key, value in vars(result).items() if key not in ("seconds", "history")},
         "versions": _versions(),
         "note": serving_note(config),
-        "dtype": str(next(model.parameters()).dtype).removeprefix("torch."),
+        "dtype": facts["dtype"],
         "probes": prober.golden(model),
     }
 
@@ -261,3 +333,7 @@ def _say_probes(before: list[str] | None, probes: list[dict[str, Any]]) -> None:
         if before is not None:
             say(f"    before: {before[number]}")
         say(f"    after:  {probe['answer']}")
+    wrong = [probe for probe in probes if not probe["right"]]
+    if wrong:
+        asked = ", ".join(f"{probe['question']!r} has no {probe['must_hold']!r}" for probe in wrong)
+        say(f"warning: {len(wrong)} of {len(probes)} probes are wrong: {asked}. Train longer, or add rows.")

@@ -41,12 +41,14 @@ class Stopping(transformers.TrainerCallback):  # type: ignore[misc]
         return min(self._losses)[1] if self._losses else None
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        control.should_save |= self._pace.is_due(state.global_step, epoch_ended=False)
+        control.should_save |= self._pace.is_due(state.global_step, state.max_steps, epoch_ended=False)
 
     def on_epoch_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         # Processes do not share a clock, and have to save together.
         together = args.world_size > 1 and not self._config.save_steps
-        control.should_save |= together or self._pace.is_due(state.global_step, epoch_ended=True)
+        control.should_save |= together or self._pace.is_due(
+            state.global_step, state.max_steps, epoch_ended=True
+        )
         prober = self._prober
         if prober is not None and self._is_worth_asking() and prober.all_right(self._trainer.model):
             self.reason = f"all {len(prober.probes)} probes are right"

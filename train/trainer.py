@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import math
+import re
 import shutil
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 import transformers
+from safetensors import SafetensorError
 
 from train.batches import LengthBuckets, collate
 from train.checkpoints import (
@@ -24,6 +28,7 @@ from train.checkpoints import (
     save_weights,
 )
 from train.config import TrainConfig
+from train.methods import base_dtype
 from train.model import first_line
 from train.progress import Progress
 from train.prompts import Example
@@ -167,7 +172,7 @@ class AnswerTrainer(transformers.Trainer):  # type: ignore[misc]
         except Exception as error:  # torch and safetensors each say in their own way that a disk is full
             shutil.rmtree(place, ignore_errors=True)
             rule = f"could not be written ({first_line(error)})"
-            raise TrainingFailed(str(place), rule, _way_back(self.checkpoints)) from error
+            raise TrainingFailed(str(place), rule, self.checkpoints.way_back()) from error
 
 
 def run_training(
@@ -180,6 +185,7 @@ def run_training(
     checkpoints: Checkpoints,
     resume_from: Path | None = None,
     prober: Prober | None = None,
+    callbacks: Sequence[transformers.TrainerCallback] = (),
 ) -> TrainingResult:
     """Train `model` in place, which answers by `train.answer_loss`; go on from a checkpoint if one is given.
 
@@ -197,25 +203,41 @@ def run_training(
     stopping = Stopping(trainer, config, prober)
     trainer.remove_callback(transformers.PrinterCallback)
     trainer.remove_callback(transformers.ProgressCallback)
-    trainer.add_callback(Progress())
-    trainer.add_callback(stopping)
-    try:
+    for callback in (Progress(), stopping, *callbacks):
+        trainer.add_callback(callback)
+    with explained(checkpoints):
         outcome = trainer.train(resume_from_checkpoint=str(resume_from) if resume_from else None)
-    except (RuntimeError, MemoryError) as error:
-        if isinstance(error, MemoryError) or "memory" in str(error).lower():
-            fix = "Lower --per-device-train-batch-size or --max-length, or add --gradient-checkpointing. "
-            rule = "needs more memory than there is"
-            raise TrainingFailed("the training", rule, fix + _way_back(checkpoints)) from error
-        raise
-    if held_out and trainer.state.log_history and stopping.last_evaluated != trainer.state.global_step:
-        trainer.evaluate()
-    kept = trainer.state.global_step
-    if config.keep == "best" and stopping.best_step is not None:
-        load_weights(model, checkpoints.folder / BEST_FILE)
-        kept = stopping.best_step
+        if held_out and stopping.last_evaluated != trainer.state.global_step:
+            trainer.evaluate()
+        kept = trainer.state.global_step
+        if config.keep == "best" and stopping.best_step is not None:
+            trainer.accelerator.wait_for_everyone()  # the first process writes them
+            load_weights(model, checkpoints.folder / BEST_FILE)
+            kept = stopping.best_step
     if not (math.isfinite(outcome.training_loss) and _weights_are_finite(model)):
         raise _no_number(checkpoints)
     return _result(trainer, outcome, stopping.reason, kept)
+
+
+@contextmanager
+def explained(checkpoints: Checkpoints) -> Iterator[None]:
+    """Turns a lack of memory or of space, whoever notices it, into an error that says how to go on.
+
+    Raises:
+        TrainingFailed: in place of that.
+    """
+    try:
+        yield
+    except (RuntimeError, MemoryError, OSError, SafetensorError) as error:
+        text = str(error)
+        if isinstance(error, MemoryError) or re.search(r"out of memory|allocate memory", text, re.IGNORECASE):
+            rule = "needs more memory than there is"
+            fix = "Add --gradient-checkpointing, or begin anew with a smaller batch or --max-length. "
+            raise TrainingFailed("the training", rule, fix + checkpoints.way_back()) from error
+        if getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT) or "StorageFull" in text:
+            fix = "Free some space. " + checkpoints.way_back()
+            raise TrainingFailed(str(checkpoints.folder), "the disk is full", fix) from error
+        raise
 
 
 def _result(trainer: AnswerTrainer, outcome: Any, stopped: str | None, kept: int) -> TrainingResult:
@@ -237,13 +259,13 @@ def _result(trainer: AnswerTrainer, outcome: Any, stopped: str | None, kept: int
 def _arguments(
     config: TrainConfig, learning_rate: float, folder: Path, evaluates: bool
 ) -> transformers.TrainingArguments:
-    on_gpu = torch.cuda.is_available()
-    return transformers.TrainingArguments(
+    on_gpu, dtype = torch.cuda.is_available(), base_dtype(config)
+    arguments = transformers.TrainingArguments(
         output_dir=str(folder),
         num_train_epochs=config.num_train_epochs,
         max_steps=config.max_steps,
         per_device_train_batch_size=config.per_device_train_batch_size,
-        per_device_eval_batch_size=max(8, config.per_device_train_batch_size),
+        per_device_eval_batch_size=config.per_device_train_batch_size,
         gradient_accumulation_steps=config.gradient_accumulation_steps,
         learning_rate=learning_rate,
         lr_scheduler_type=config.lr_scheduler_type,
@@ -265,7 +287,13 @@ def _arguments(
         dataloader_pin_memory=on_gpu,
         ddp_find_unused_parameters=False,
         prediction_loss_only=True,
+        # Only what is float32 to keep small steps needs to be told to compute in 16 bits.
+        bf16=on_gpu and config.method == "full" and torch.cuda.is_bf16_supported(),
+        fp16=on_gpu and dtype == torch.float16,
     )
+    if arguments.n_gpu > 1:  # one process, one GPU; several take `accelerate launch`
+        arguments._n_gpu = 1
+    return arguments
 
 
 def _weights_are_finite(model: torch.nn.Module) -> bool:
@@ -274,15 +302,10 @@ def _weights_are_finite(model: torch.nn.Module) -> bool:
 
 def _no_number(checkpoints: Checkpoints) -> TrainingFailed:
     rule = "left the range of numbers (NaN or infinite)"
-    checkpoints.remove()  # to go on from there would lead to the same
-    return TrainingFailed("the training", rule, "Lower --learning-rate; nothing was saved.")
-
-
-def _way_back(checkpoints: Checkpoints) -> str:
-    last = checkpoints.last()
-    if last is None:
-        return "No checkpoint was written yet."
-    return f"Go on from {last} with the same command and --resume."
+    fix = "Lower --learning-rate, and begin anew with --overwrite."
+    if checkpoints.last() is None:
+        checkpoints.remove()
+    return TrainingFailed("the training", rule, fix)
 
 
 def _last(history: Sequence[dict[str, float]], key: str) -> float | None:
