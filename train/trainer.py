@@ -143,7 +143,8 @@ class AnswerTrainer(transformers.Trainer):  # type: ignore[misc]
     def _get_train_sampler(self, train_dataset: Any = None) -> LengthBuckets:
         rows = self.train_dataset if train_dataset is None else train_dataset
         lengths = [len(example.input_ids) for example in rows]
-        return LengthBuckets(lengths, self.args.train_batch_size, self.args.seed)
+        together = self.args.train_batch_size * self.accelerator.num_processes  # one step, one wait
+        return LengthBuckets(lengths, together, self.args.seed)
 
     def trained(self) -> dict[str, torch.Tensor]:
         """What is trained, by name."""

@@ -174,7 +174,7 @@ def test_a_failed_write_leaves_the_old_folder(tmp_path: Path) -> None:
 
 
 def test_base_and_adapter_answer_side_by_side(config: Config) -> None:
-    answers = LocalChat(Path(train(config(learning_rate=0.05, max_steps=12)))).ask("Who are you?", 8)
+    answers = LocalChat(Path(train(config(learning_rate=0.01, max_steps=40)))).ask("Who are you?", 32)
     assert answers.base != answers.adapter
 
 

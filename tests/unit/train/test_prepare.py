@@ -32,8 +32,8 @@ def prepared(tmp_path: Path, tokenizer: Any, rows: list[Any], **settings: Any) -
 def test_every_row_is_somewhere(tmp_path: Path, tokenizer: Any) -> None:
     rows = [*ROWS, {"instruction": "long " * 300, "output": "x"}, {"instruction": "a"}]
     found = prepared(tmp_path, tokenizer, rows, skip_bad_rows=True, validation_split=0.2)
-    assert (found.training_rows, found.held_out_rows, len(found.bad)) == (17, 4, 1)
-    assert len(found.training) + len(found.too_long) == 17
+    assert (found.training_rows, found.held_out_rows, len(found.bad)) == (16, 4, 1)
+    assert (len(found.training), len(found.too_long)) == (16, 1)
 
 
 def test_weights_repeat_what_is_trained_and_not_what_is_held_out(tmp_path: Path, tokenizer: Any) -> None:
