@@ -131,7 +131,7 @@ class Arm:
         use_short_row_attention(model.get_base_model())
         fuse(model)
         checkpoints = Checkpoints(config)
-        checkpoints.begin("")
+        checkpoints.begin()
         clock = Clock()
         rate = rate or min(2e-3, 1 / model.config.hidden_size)
         result = run_training(

@@ -44,7 +44,7 @@ def say(line: str) -> None:
 
 
 def is_first_process() -> bool:
-    """Whether this process writes; there are several under `accelerate launch` and `torchrun`."""
+    """Whether this process writes; there are several under `torchrun`."""
     return os.environ.get("RANK", "0") == "0"
 
 
@@ -223,11 +223,16 @@ def steps_line(num_rows: int, config: TrainConfig, processes: int = 1) -> str:
     """How many steps there will be, as arithmetic that a reader can follow."""
     steps = planned_steps(num_rows, config, processes)
     if config.max_steps > 0:
-        return f"steps = {steps} (--max-steps)"
+        return f"steps = {steps} (--max-steps{_among(processes)})"
     batch = config.per_device_train_batch_size * config.gradient_accumulation_steps * processes
-    return f"steps = {num_rows} rows x {config.num_train_epochs:g} epochs / batch of {batch} = {steps}" + (
+    of = f"batch of {batch}{_among(processes)}"
+    return f"steps = {num_rows} rows x {config.num_train_epochs:g} epochs / {of} = {steps}" + (
         "" if num_rows % batch == 0 else " (the last batch of an epoch is smaller)"
     )
+
+
+def _among(processes: int) -> str:
+    return f", {processes} processes" if processes > 1 else ""
 
 
 def _default_rate(width: int, config: TrainConfig) -> float:

@@ -292,7 +292,7 @@ def _arguments(
         bf16=on_gpu and config.method == "full" and torch.cuda.is_bf16_supported(),
         fp16=on_gpu and dtype == torch.float16,
     )
-    if arguments.n_gpu > 1:  # one process, one GPU; several take `accelerate launch`
+    if arguments.n_gpu > 1:  # one process, one GPU; several take `torchrun`
         arguments._n_gpu = 1
     return arguments
 

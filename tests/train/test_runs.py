@@ -215,9 +215,9 @@ def test_preview_and_dry_run_write_nothing(settings: Settings, tmp_path: Path) -
 def test_two_processes_train_one_adapter(settings: Settings, tmp_path: Path) -> None:
     config = settings(dtype="float32", max_steps=6, per_device_train_batch_size=2, lora_dropout=0.0, validation_split=0.0)
     together = {**config, "name": "two"}
-    launch = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2"]
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     done = subprocess.run(
-        [*launch, "--main_process_port", "0", *command(together)[1:]],
+        [*launch, *command(together)[1:]],
         cwd=ROOT,
         capture_output=True,
         text=True,
@@ -226,6 +226,7 @@ def test_two_processes_train_one_adapter(settings: Settings, tmp_path: Path) -> 
     assert done.returncode == 0, done.stderr[-2000:]
     assert done.stdout.splitlines() == [str(tmp_path / "out" / "two")]
     assert done.stderr.count("trainable parameters") == 1
+    assert "2 processes" in done.stderr
     # As many rows a step in one process: the same steps up to rounding, if rows and losses are shared right.
     alone = Path(train_of({**config, "name": "one", "per_device_train_batch_size": 4}))
     from safetensors.torch import load_file
