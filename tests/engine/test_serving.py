@@ -95,7 +95,7 @@ def test_the_endpoint_renders_the_ids_that_were_trained(
 ) -> None:
     tokenizer = load_tokenizer(str(tiny_base))
     trained = prompt_form(form, tokenizer)
-    rows = [*read_rows([str(IDENTITY)]), Row("Add these", "1 and 2", "3", "")]
+    rows = [*read_rows([str(IDENTITY)]), Row.of("Add these", "1 and 2", "3", "")]
 
     def rendered(row: Row) -> list[int]:
         answer = client.chat.completions.create(
