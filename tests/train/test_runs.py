@@ -213,7 +213,9 @@ def test_preview_and_dry_run_write_nothing(settings: Settings, tmp_path: Path) -
 
 
 def test_two_processes_train_one_adapter(settings: Settings, tmp_path: Path) -> None:
-    config = settings(dtype="float32", max_steps=6, per_device_train_batch_size=2, lora_dropout=0.0, validation_split=0.0)
+    config = settings(
+        dtype="float32", max_steps=6, per_device_train_batch_size=2, lora_dropout=0.0, validation_split=0.0
+    )
     together = {**config, "name": "two"}
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     done = subprocess.run(
