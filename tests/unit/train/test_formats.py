@@ -177,9 +177,11 @@ def test_an_array_and_lines_hold_the_same_values(tmp_path: Path, values: list[An
     assert [item.value for item in read_file(lines) if isinstance(item, Record)] == values
 
 
-@given(
-    rows=st.lists(st.tuples(*[st.text(st.characters(exclude_categories=["Cs"]), min_size=1)] * 2), min_size=1)
-)
+# A file with many NULs is no text: it is refused whole, which other tests show.
+WRITABLE = st.characters(exclude_categories=["Cs"], exclude_characters="\0")
+
+
+@given(rows=st.lists(st.tuples(*[st.text(WRITABLE, min_size=1)] * 2), min_size=1))
 @A_FILE_EACH
 def test_what_pythons_csv_writes_is_read_back(tmp_path: Path, rows: list[tuple[str, str]]) -> None:
     import csv
