@@ -91,6 +91,25 @@ class AnswerTrainer(transformers.Trainer):  # type: ignore[misc]
         self.loss_is_scaled_for_ga = True
         self.checkpoints = checkpoints
         self.since_log, self.since_probe = _Count(), _Count()
+        self._walk_less()
+
+    def _walk_less(self) -> None:
+        """Spare Trainer three walks over all modules in every step, which a small model notices: one to set
+        the mode that is set, two to look for gradients where nothing is trained."""
+        model, plain_train = self.model, self.model.train
+        self._trained = trained = list(self.trained().values())
+
+        def train(mode: bool = True) -> Any:
+            return model if model.training is mode else plain_train(mode)
+
+        def zero_grad(set_to_none: bool = True) -> None:
+            for parameter in trained:
+                parameter.grad = None
+
+        model.train, model.zero_grad = train, zero_grad
+
+    def _clip_grad_norm(self, model: Any) -> Any:
+        return self.accelerator.clip_grad_norm_(self._trained, self.args.max_grad_norm)
 
     def compute_loss(
         self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
