@@ -1,7 +1,7 @@
 # The commands that people and CI use; each sets the project up first (once).
 PYTHON_BIN := .venv/bin/python
 
-.PHONY: setup demo test test-stock test-gpu exactness history fuzz fuzz-parsers bench bench-client bench-engine bench-live unit unit-ext unit-rest check check-symbols format clean
+.PHONY: setup demo test test-stock test-gpu exactness history fuzz fuzz-parsers bench bench-client bench-engine bench-live bench-training unit unit-ext unit-rest check check-symbols format clean
 
 setup: ## make .venv and install what this machine needs; a second run does nothing
 	@deploy/setup.sh
@@ -46,6 +46,10 @@ bench-engine: setup ## what LoRA costs, how much a load disturbs, how fast adapt
 bench-live: setup ## what the front costs, and a thousand adapters against eight; an hour on an idle machine
 	$(PYTHON_BIN) -m benchmarks.bench_front
 	$(PYTHON_BIN) -m benchmarks.bench_many_adapters
+
+bench-training: setup ## samples per second, memory and time to the probes, against the classic script; 15 minutes
+	$(PYTHON_BIN) -m benchmarks.bench_training
+	$(PYTHON_BIN) -m benchmarks.bench_training --probes
 
 unit: setup ## the fast part, no vLLM; two halves at a time, which takes two cores under a minute
 	$(MAKE) -j2 --output-sync=target unit-ext unit-rest
