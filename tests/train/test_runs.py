@@ -108,6 +108,38 @@ def test_a_full_disk_leaves_the_last_checkpoint_and_says_how_to_go_on(
     assert weights(train_of({**config, "resume": True})) == weights(train_of(settings(name="whole")))
 
 
+@pytest.mark.parametrize(
+    "error",
+    [
+        MemoryError(),
+        RuntimeError(
+            "[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes"
+        ),
+        RuntimeError("CUDA out of memory. Tried to allocate 2.00 GiB"),
+    ],
+)
+def test_a_lack_of_memory_leaves_the_last_checkpoint_and_says_how_to_go_on(
+    settings: Settings, monkeypatch: pytest.MonkeyPatch, error: Exception
+) -> None:
+    from train.trainer import AnswerTrainer
+
+    step = AnswerTrainer.compute_loss
+
+    def fails(self: Any, *args: Any, **options: Any) -> Any:
+        if self.state.global_step == 7:
+            raise error
+        return step(self, *args, **options)
+
+    monkeypatch.setattr(AnswerTrainer, "compute_loss", fails)
+    config = settings(save_steps=5, max_steps=10)
+    with pytest.raises(TrainingFailed, match=r"more memory than there is.*checkpointing.*checkpoint-5 with"):
+        train_of(config)
+    monkeypatch.undo()
+    # Less memory is needed then, and the weights are the same.
+    again = train_of({**config, "resume": True, "gradient_checkpointing": True})
+    assert weights(again) == weights(train_of(settings(name="whole", max_steps=10)))
+
+
 def train_of(config: dict[str, Any]) -> str:
     return train(TrainConfig(**config))
 
