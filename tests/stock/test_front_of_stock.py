@@ -22,7 +22,7 @@ from tests.conftest import ROOT
 from tests.stock.classic_script import train_classic
 from tests.stock.conftest import MENDED
 from tests.stock.pair import BASE, KEY, KINDS, QUESTION, Pair, Server, chat_body, said
-from tests.stock.rivals import KEEPERS, rivalry
+from tests.stock.rivals import order_of_answers
 
 TEXT_FORM = r"Human: {instruction}\n{input}\n\nAssistant: "
 LONG_PROMPT = [300 + 7 * number % 1000 for number in range(400)]  # several blocks of the prefix cache
@@ -276,18 +276,12 @@ def tokens_of(server: Server, name: str, adapter: str) -> float:
 
 @arms
 def test_s12_an_adapter_does_not_wait_for_as_long_as_another_is_busy(kind: str, pair: Pair) -> None:
-    """Another that has had its turn; what was asked later waits, except for what passes it on its way in."""
-    options = {"at_least_s": TURN_S + 0.5, "patience": 3 * KEEPERS}  # ours lets 2 * KEEPERS pass at most
-    found = rivalry(pair[kind], "alpha", "beta", **options)
-    for _ in range(5 * (kind == "stock")):  # it can happen there: clients that were held up let the other in
-        found = found if found.had_to_stop else rivalry(pair[kind], "alpha", "beta", **options)
-    assert found.late.first is not None
+    """Plain vLLM lets everything pass that the busy one is asked afterwards."""
+    answered = order_of_answers(pair[kind], "alpha", "beta", after_s=TURN_S + 0.5)
     if kind == "stock":
-        assert found.had_to_stop, MENDED
-        assert all(one.first and one.first < found.late.first for one in found.busy), MENDED
+        assert answered[-1] == "late", MENDED
     else:
-        assert not found.had_to_stop
-        assert found.overtaken_by <= 2 * KEEPERS
+        assert answered.index("late") < answered.index("before"), "alpha has had its turn"
 
 
 # S9
