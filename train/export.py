@@ -132,7 +132,7 @@ def export_adapter(
         config = json.dumps(adapter_config(model), indent=2, ensure_ascii=False) + "\n"
         (staging / CONFIG_FILE).write_text(config, encoding="utf-8")
         save_file(adapter_tensors(model), staging / WEIGHTS_FILE, metadata={"format": "pt"})
-        _write_chat(staging, identity, (CONFIG_FILE, WEIGHTS_FILE), extras)
+        _write_chat(staging, identity, (CONFIG_FILE, WEIGHTS_FILE), extras, model)
 
 
 def export_model(
@@ -154,17 +154,17 @@ def export_model(
         OutputExists, BadSetting: as `check_output`.
         TrainingFailed: it could not be written; nothing of it is left.
     """
-    identity = dataclasses.replace(identity, template=_with_system_prompt(identity))
+    identity = dataclasses.replace(identity, template=whole_template(identity))
     tokenizer.chat_template = identity.template
     with _written_whole(folder, overwrite, extras) as staging:
         model.to(dtype=dtype).save_pretrained(str(staging))
         tokenizer.save_pretrained(str(staging))
         files = sorted(path.name for path in staging.glob("*.safetensors"))
-        _write_chat(staging, identity, ("config.json", *files), extras)
+        _write_chat(staging, identity, ("config.json", *files), extras, model)
 
 
-def _with_system_prompt(identity: Identity) -> str:
-    """The template, in front of which a conversation without a system message gets the identity's."""
+def whole_template(identity: Identity) -> str:
+    """A whole model's: in front of it a conversation without a system message gets the identity's."""
     if not identity.system_prompt:
         return identity.template
     message = json.dumps({"role": "system", "content": identity.system_prompt}, ensure_ascii=False)
@@ -197,18 +197,31 @@ def _written_whole(folder: Path, overwrite: bool, extras: Extras) -> Iterator[Pa
         raise TrainingFailed(str(folder), f"cannot be written ({reason})", fix) from error
 
 
-def _write_chat(staging: Path, identity: Identity, digested: Sequence[str], extras: Extras) -> None:
-    """What else stands in the folder; sampling defaults join those that are there."""
+def _write_chat(
+    staging: Path,
+    identity: Identity,
+    digested: Sequence[str],
+    extras: Extras,
+    model: PeftModel | PreTrainedModel,
+) -> None:
+    """What else stands in the folder."""
+    path = staging / GENERATION_FILE
+    known = json.loads(path.read_text(encoding="utf-8")) if path.exists() else _end_tokens(model)
+    known.pop("_from_model_config", None)  # with this mark transformers would make the file anew
     if extras.sampling:
-        path = staging / GENERATION_FILE
-        known = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
-        known.pop("_from_model_config", None)  # with this mark transformers would make the file anew
         sampled = {"do_sample": extras.sampling.get("temperature", 1) > 0}  # as vLLM reads a temperature of 0
-        body = json.dumps({**known, **sampled, **extras.sampling}, indent=2) + "\n"
-        path.write_text(body, encoding="utf-8")
+        known |= {**sampled, **extras.sampling}
+    path.write_text(json.dumps(known, indent=2) + "\n", encoding="utf-8")
     extras.write(staging)
     digests = {name: _sha256(staging / name) for name in digested}
     write_contract(staging, dataclasses.replace(identity, files=digests))
+
+
+def _end_tokens(model: PeftModel | PreTrainedModel) -> dict[str, object]:
+    """The base's ids of the tokens that begin, end and fill a text, as far as it has them."""
+    known = model.generation_config.to_dict()
+    names = ("bos_token_id", "eos_token_id", "pad_token_id")
+    return {name: known[name] for name in names if known.get(name) is not None}
 
 
 def _sync(path: Path) -> None:

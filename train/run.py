@@ -22,6 +22,7 @@ from vllm_lora_ext.contract import Identity, read_chat_settings
 from vllm_lora_ext.errors import BadInput, MissingPackage
 
 if TYPE_CHECKING:
+    from peft import PeftModel
     from transformers import PreTrainedTokenizerBase
 
     from train.methods import Trainable
@@ -157,19 +158,31 @@ def check_servable(config: TrainConfig, prepared: Prepared) -> None:
         BadInput: targets name no module, or a server would refuse the adapter.
     """
     if config.method == "full":
+        _ask_a_server(None, config, _identity(config, prepared))
         return
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
 
     from train.methods import add_hollow_adapter
-    from train.serve_check import require_servable
 
     with torch.device("meta"):
         base = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(config.base_path))
         model = add_hollow_adapter(base, config)
-    if config.serve_check:
-        for finding in require_servable(model, _identity(config, prepared), config.base_path):
-            say(str(finding))
+    _ask_a_server(model, config, _identity(config, prepared))
+
+
+def _ask_a_server(model: PeftModel | None, config: TrainConfig, identity: Identity) -> None:
+    """Say what a server would; `model` is None where the whole model is trained."""
+    from train.serve_check import require_servable, require_servable_model
+
+    if not config.serve_check:
+        return
+    if model is None:
+        findings = require_servable_model(identity)
+    else:
+        findings = require_servable(model, identity, config.base_path)
+    for finding in findings:
+        say(str(finding))
 
 
 def _identity(config: TrainConfig, prepared: Prepared) -> Identity:
@@ -185,14 +198,11 @@ def _servable_model(config: TrainConfig, prepared: Prepared) -> tuple[Trainable,
     from train.attention import use_short_row_attention
     from train.fused import fuse
     from train.methods import prepare_model
-    from train.serve_check import require_servable
 
     PartialState()  # of several processes, each gets its GPU
     transformers.set_seed(config.seed)
     model, identity = prepare_model(config), _identity(config, prepared)
-    if config.serve_check and config.method != "full":
-        for finding in require_servable(model, identity, config.base_path):
-            say(str(finding))
+    _ask_a_server(None if config.method == "full" else model, config, identity)
     causal: Any = model if config.method == "full" else model.get_base_model()
     use_answer_loss(causal)
     use_short_row_attention(causal)

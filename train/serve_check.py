@@ -9,7 +9,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from train.adapter_files import adapter_config, adapter_shapes
+from train.export import whole_template
 from vllm_lora_ext.base_model import read_base_model
+from vllm_lora_ext.chat_template import judge_template
 from vllm_lora_ext.contract import Identity, write_contract
 from vllm_lora_ext.errors import AdapterRefused
 from vllm_lora_ext.inspection import Rules, inspect_adapter
@@ -40,12 +42,25 @@ def require_servable(model: PeftModel, identity: Identity, base_model: str) -> t
         write_hollow(folder / WEIGHTS_FILE, adapter_shapes(model))
         write_contract(folder, identity)
         inspection = inspect_adapter(folder, Rules(base, (base.public_name,)), identity.name)
-    if inspection.admitted:
-        return inspection.findings
-    refusals = [finding for finding in inspection.findings if finding.severity is Severity.REFUSED]
+    return _unless_refused(identity.name, inspection.findings)
+
+
+def require_servable_model(identity: Identity) -> tuple[Finding, ...]:
+    """As `require_servable`, for a whole model: its shapes are the base's, but its chat template is new.
+
+    Raises:
+        AdapterRefused: no server should render the template.
+    """
+    return _unless_refused(identity.name, tuple(judge_template(whole_template(identity))))
+
+
+def _unless_refused(name: str, findings: tuple[Finding, ...]) -> tuple[Finding, ...]:
+    refusals = [finding for finding in findings if finding.severity is Severity.REFUSED]
+    if not refusals:
+        return findings
     rule = "asked what a server would say, so nothing was trained"
     way_out = Finding("serve_check", "--serve-check", rule, "--no-serve-check trains it.", Severity.NOTE)
-    raise AdapterRefused(identity.name, [*refusals, way_out])
+    raise AdapterRefused(name, [*refusals, way_out])
 
 
 def write_hollow(path: Path, shapes: Mapping[str, tuple[int, ...]]) -> None:

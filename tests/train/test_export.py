@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
+from transformers import GenerationConfig
 
 from tests.train.methods import identity, logits, settings, trained
 from train.adapter_files import adapter_tensors
@@ -22,7 +23,13 @@ from vllm_lora_ext.contract import is_ours, read_chat_settings, read_provenance
 from vllm_lora_ext.errors import OutputExists, TrainingFailed
 from vllm_lora_ext.inspection import Rules, inspect_adapter, inspect_values
 
-FILES = ["adapter_config.json", "adapter_model.safetensors", "chat_template.jinja", "identity.json"]
+FILES = [
+    "adapter_config.json",
+    "adapter_model.safetensors",
+    "chat_template.jinja",
+    "generation_config.json",
+    "identity.json",
+]
 
 
 @pytest.fixture
@@ -44,6 +51,10 @@ def test_an_adapter_folder_holds_what_it_needs_and_no_more(
     assert not [name for name in tensors if "default" in name]
     assert {tensor.dtype for tensor in tensors.values()} == {torch.float32}
     assert "system_prompt" not in json.loads((folder / "identity.json").read_text())
+    generation = json.loads((folder / "generation_config.json").read_text())
+    base = GenerationConfig.from_pretrained(random_base)
+    assert generation["eos_token_id"] == base.eos_token_id is not None
+    assert set(generation) <= {"bos_token_id", "eos_token_id", "pad_token_id"}, "no sampling of its own"
 
 
 def test_chat_settings_and_further_files_are_there_from_the_start(

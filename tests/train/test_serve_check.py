@@ -12,7 +12,7 @@ from train.adapter_files import adapter_shapes
 from train.export import export_adapter
 from train.methods import prepare_model
 from train.principal import PRINCIPAL_INITS
-from train.serve_check import require_servable
+from train.serve_check import require_servable, require_servable_model
 from vllm_lora_ext.base_model import read_base_model
 from vllm_lora_ext.contract import Identity
 from vllm_lora_ext.errors import AdapterRefused
@@ -56,3 +56,11 @@ def test_twice_the_rank_counts_for_pissa_and_olora(random_base: str, tmp_path: P
         config = settings(random_base, tmp_path, lora_r=16, init_lora_weights=init)
         shapes = adapter_shapes(prepare_model(config))
         assert {min(shape) for shape in shapes.values()} == {32}
+
+
+def test_of_a_whole_model_the_template_is_asked(random_base: str, tmp_path: Path) -> None:
+    """Nothing else of it is new to a server."""
+    assert require_servable_model(identity(random_base, system_prompt="You are kind.")) == ()
+    with pytest.raises(AdapterRefused) as refused:
+        require_servable_model(Identity("tried", "{% for %}"))
+    assert [finding.code for finding in refused.value.findings] == ["template_refused", "serve_check"]
