@@ -128,7 +128,7 @@ def export_adapter(
     """
     from safetensors.torch import save_file
 
-    with _written_whole(folder, overwrite, extras) as staging:
+    with written_whole(folder, overwrite, extras) as staging:
         config = json.dumps(adapter_config(model), indent=2, ensure_ascii=False) + "\n"
         (staging / CONFIG_FILE).write_text(config, encoding="utf-8")
         save_file(adapter_tensors(model), staging / WEIGHTS_FILE, metadata={"format": "pt"})
@@ -156,7 +156,7 @@ def export_model(
     """
     identity = dataclasses.replace(identity, template=whole_template(identity))
     tokenizer.chat_template = identity.template
-    with _written_whole(folder, overwrite, extras) as staging:
+    with written_whole(folder, overwrite, extras) as staging:
         model.to(dtype=dtype).save_pretrained(str(staging))
         tokenizer.save_pretrained(str(staging))
         files = sorted(path.name for path in staging.glob("*.safetensors"))
@@ -176,7 +176,7 @@ def whole_template(identity: Identity) -> str:
 
 
 @contextmanager
-def _written_whole(folder: Path, overwrite: bool, extras: Extras) -> Iterator[Path]:
+def written_whole(folder: Path, overwrite: bool, extras: Extras) -> Iterator[Path]:
     """As `finished_folder`, with a message of its own for a disk that is full or broken."""
     from safetensors import SafetensorError
 

@@ -47,7 +47,7 @@ def begin_at_principal(model: PeftModel, init: str) -> None:
             rule = f"rank {rank} is more than {name} of shape {tuple(weight.shape)} has"
             fix = f"Lower --lora-r to {min(weight.shape)}, or give the module a rank with --rank-pattern."
             raise BadSetting(f"--init-lora-weights {init}", rule, fix)
-        a, b = _factors(weight, rank, scaling, init)
+        a, b = principal_factors(weight, rank, scaling, init)
         matrix_a, matrix_b = layer.lora_A[ADAPTER].weight, layer.lora_B[ADAPTER].weight
         with torch.no_grad():
             matrix_a.copy_(torch.cat([a, a]))
@@ -75,7 +75,9 @@ def held(parameter: torch.Tensor) -> int:
     return int(getattr(parameter, _HELD, 0))
 
 
-def _factors(weight: torch.Tensor, rank: int, scaling: float, init: str) -> tuple[torch.Tensor, torch.Tensor]:
+def principal_factors(
+    weight: torch.Tensor, rank: int, scaling: float, init: str
+) -> tuple[torch.Tensor, torch.Tensor]:
     """A (rank, in) and B (out, rank) in float32, of a weight (out, in)."""
     import torch
 

@@ -27,9 +27,13 @@ _TENSORS = tuple(
 _TRAINING = tuple(
     f"train/{name}.py" for name in ("answer_loss", "attention", "batches", "fused", "probes", "trainer")
 )
+_CONVERSION = tuple(
+    f"train/conversion/{name}.py"
+    for name in ("beginnings", "check", "factors", "known", "plan", "through_peft", "written")
+)
 HEAVY_AT_THE_TOP = {
     "vllm": _INSIDE_VLLM,
-    "torch": (*_INSIDE_VLLM, *_TENSORS, *_TRAINING),
+    "torch": (*_INSIDE_VLLM, *_TENSORS, *_TRAINING, *_CONVERSION),
     "peft": (),
     "transformers": ("train/trainer.py", "train/progress.py", "train/stopping.py"),
 }
