@@ -105,7 +105,10 @@ def open_adapter(path: Path, base: BaseModel) -> Iterator[MergeAdapter]:
     """
     config = _config_of(path)
     _judge_config(path, config)
-    rules = Rules(base, allow=frozenset(_MERGED_ONLY))
+    is_tied = config.get("ensure_weight_tying") is True
+    # Of a tied head PEFT stores the matrices without naming it among the targets.
+    allow = frozenset((*_MERGED_ONLY, *(("target_modules_mismatch",) if is_tied else ())))
+    rules = Rules(base, allow=allow)
     inspection = inspect_values(inspect_adapter(path, rules), rules)
     spec = require_admitted(inspection)
     with RegularFile(path / WEIGHTS_FILE) as file:
@@ -117,7 +120,6 @@ def open_adapter(path: Path, base: BaseModel) -> Iterator[MergeAdapter]:
             rule = f"holds {foreign.name!r} as {foreign.dtype}"
             raise BadInput(str(path), rule, f"Save it in one of {', '.join(FLOATS)}.")
         copies = {name.removeprefix(PREFIX): item for name, item in stored.items() if is_base_weight(name)}
-        is_tied = config.get("ensure_weight_tying") is True
         pieces = _pieces(path, spec, config, stored, str(base.config.get("model_type")))
         yield MergeAdapter(path, inspection, pieces, copies, _digest(path), is_tied)
 
@@ -198,13 +200,19 @@ def _other_piece(path: Path, name: str, item: Stored, spec: AdapterSpec, config:
     if short.endswith(".lora_B.bias"):
         module = short.removesuffix(".lora_B.bias")
         return Piece(f"{module}.bias", "shift", (item,), spec.scaling_of(module))
-    saved = set(config.get("modules_to_save") or ())
-    if not saved.isdisjoint(short.split(".")):
+    if _is_saved(short, tuple(config.get("modules_to_save") or ())):
         return Piece(short, "whole", (item,))
     if short.endswith(".bias") and config.get("bias", "none") != "none":
         return Piece(short.replace(".base_layer.", "."), "whole", (item,))
     rule = f"holds {name[:120]!r}, and merge takes {SUPPORTED}"
     raise BadInput(str(path), rule, "Save it with PEFT (save_pretrained).")
+
+
+def _is_saved(tensor: str, saved: tuple[str, ...]) -> bool:
+    """Whether the tensor is in a module that was trained whole; PEFT takes the end of a name for the name."""
+    parts = tensor.split(".")
+    modules = (".".join(parts[:count]) for count in range(1, len(parts)))
+    return bool(saved) and any(module.endswith(saved) for module in modules)
 
 
 def _digest(path: Path) -> str:

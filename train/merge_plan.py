@@ -57,6 +57,8 @@ def make_plan(base: MergeBase, adapters: Sequence[MergeAdapter]) -> MergePlan:
     changes: dict[str, list[tuple[int, Piece]]] = {}
     for number, adapter in enumerate(adapters):
         for piece in adapter.pieces:
+            if is_tied and adapter.is_tied and piece.tensor.endswith(_HEAD):
+                continue  # the embedding's change once more
             name = _stored_name(piece.tensor, tensors)
             if name is None and piece.tensor.endswith(_HEAD) and is_tied and embedding:
                 name = _head_name(embedding)
