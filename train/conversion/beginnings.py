@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 from train.conversion.factors import Factors
-from train.conversion.known import Change, Shapes, known_changes
+from train.conversion.known import Change, NotFromFile, Shapes, known_changes
 from train.conversion.source import Source
 from train.principal import principal_factors
 from vllm_lora_ext.errors import BadInput, BadSetting
@@ -49,7 +49,7 @@ def since_beginning(
         BadInput: the initial adapter is another one's.
     """
     if initial is not None:
-        first = {name: change.factors for name, change in known_changes(initial, shapes).items()}
+        first = _factors_in(initial, shapes)
     else:
         first = {name: _of_base(name, change, source, base) for name, change in changes.items()}
     if set(first) != set(changes):
@@ -58,6 +58,16 @@ def since_beginning(
             "--initial-adapter", f"is of other modules, for example {odd}", "Give the one it began as."
         )
     return {name: _less(change, first[name]) for name, change in changes.items()}
+
+
+def _factors_in(initial: Source, shapes: Shapes) -> dict[str, Factors]:
+    try:
+        return {name: change.factors for name, change in known_changes(initial, shapes).items()}
+    except NotFromFile as error:
+        rule = f"is no LoRA to begin with ({error})"
+        raise BadInput(
+            "--initial-adapter", rule, "Give the adapter as it was before its first step."
+        ) from None
 
 
 def _of_base(module: str, change: Change, source: Source, base: PreTrainedModel | None) -> Factors:
