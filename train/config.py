@@ -22,8 +22,8 @@ ALL_LINEAR = "all-linear"  # PEFT's word for every linear module but the head
 METHODS = ("lora", "dora", "qlora", "full")
 INITS = ("default", "gaussian", "pissa", "pissa_niter_4", "olora", "orthogonal")
 _SERVE_NO_DORA = (
-    "Add --no-serve-check to train it all the same: `vllm-lora merge` makes a full model "
-    "of it. Or use --method lora."
+    "Add --no-serve-check to train it all the same: `vllm-lora merge` makes a full model of it, "
+    "`vllm-lora convert --max-rank` the closest LoRA. Or use --method lora."
 )
 _DORA_INITS = ("default", "gaussian", "orthogonal")
 REPORTERS = ("none", "tensorboard", "wandb", "mlflow")

@@ -31,6 +31,7 @@ class Conversion:
     modules: tuple[ModuleResult, ...]
     is_exact: bool
     check: str
+    findings: tuple[str, ...] = ()  # what a server says of it, short of refusing it
 
 
 def convert(
@@ -95,9 +96,11 @@ def _written(
     is_exact = max(one.error for one in results) <= EXACT
     rules = Rules(base, (base.public_name,)) if base is not None else Rules()
     carry_chat_files(source.folder, folder, name, {})
-    require_admitted(inspect_adapter(folder, rules, name))
+    inspection = inspect_adapter(folder, rules, name)
+    require_admitted(inspection)
     check = str(_checked(folder, plan, factors, is_exact))
-    conversion = Conversion(source.peft_type, plan.method, results, is_exact, check)
+    findings = tuple(str(finding) for finding in inspection.findings)
+    conversion = Conversion(source.peft_type, plan.method, results, is_exact, check, findings)
     carry_chat_files(source.folder, folder, name, asdict(conversion))
     return conversion
 
@@ -135,7 +138,7 @@ def main(argv: Sequence[str]) -> int:
         print("\n".join(_lines(conversion.modules)))
     kind = "exact" if conversion.is_exact else "an approximation"
     print(f"{conversion.peft_type}: {conversion.method}; {kind}", file=sys.stderr)
-    print(f"checked: {conversion.check}", file=sys.stderr)
+    print("\n".join((*conversion.findings, f"checked: {conversion.check}")), file=sys.stderr)
     print(f"Serve it with: vllm-lora serve --adapters {args.output_dir}", file=sys.stderr)
     return 0
 

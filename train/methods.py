@@ -174,7 +174,10 @@ def count_parameters(model: Trainable) -> ParameterCount:
 def serving_note(config: TrainConfig) -> str | None:
     """What has to be known before it is served, for stderr, model card and provenance; None if nothing."""
     if config.method == "dora":
-        return "vLLM cannot serve DoRA. `vllm-lora merge` makes a full model of it, which computes the same"
+        return (
+            "vLLM cannot serve DoRA. `vllm-lora merge` makes a full model of it, which computes the same; "
+            "`vllm-lora convert --max-rank N` makes the closest LoRA of it, and tells the error"
+        )
     if config.method == "qlora":
         return (
             "Trained over the base in 4 bits (nf4). A server that holds the base in its own dtype computes "
