@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
@@ -14,14 +14,14 @@ from serve.diff_sides import Difference
 from serve.module_tables import by_kind
 from serve.screen import screen
 from vllm_lora_ext.config_difference import SettingDifference, template_lines
-from vllm_lora_ext.difference import SAME, ModuleDifference, Overlap, WeightsDifference
+from vllm_lora_ext.difference import DIFFERS, SAME, ModuleDifference, Overlap, WeightsDifference
 from vllm_lora_ext.spec import printable
 
 if TYPE_CHECKING:
     from train.diff_answers import AnswerDifference
 
 _DEFINITIONS = (
-    "first, second, difference: Frobenius norms of the updates, scaling x B x A; share: of the larger norm; "
+    "norms: Frobenius, of the updates, scaling x B x A; difference: its norm (% of the larger of the two); "
     "cosine: of both updates as vectors; inputs, outputs: overlap of the directions that they read and write "
     "(mean squared cosine of the principal angles) / what random directions would have"
 )
@@ -96,68 +96,70 @@ def _print_weights(out: Console, found: Difference, one_row_each: bool) -> None:
 
 def kinds_table(weights: WeightsDifference) -> Table:
     """A row for each kind of module, such as `q_proj`; a number is the mean of its modules'."""
-    table = Table("modules", *_COLUMNS)
-    for kind in by_kind(module.kind for module in weights.modules):
-        these = [module for module in weights.modules if module.kind == kind]
-        table.add_row(printable(kind), *_cells(these))
-    return table
+    modules = weights.modules
+    kinds = by_kind(module.kind for module in modules)
+    return _table("modules", modules, {kind: [m for m in modules if m.kind == kind] for kind in kinds})
 
 
 def modules_table(weights: WeightsDifference) -> Table:
     """A row for each module, in the order of the layers."""
-    table = Table("module", *_COLUMNS)
+    return _table("module", weights.modules, {module.module: [module] for module in weights.modules})
+
+
+def _table(
+    head: str, modules: Sequence[ModuleDifference], rows: Mapping[str, Sequence[ModuleDifference]]
+) -> Table:
+    """What is one for all modules has no column, so that a table of kinds fits 80 columns."""
+    cells: dict[str, Callable[[Sequence[ModuleDifference]], str]] = {}
+    if {module.state for module in modules} != {DIFFERS}:
+        cells["state"] = _states
+    if len({module.ranks for module in modules}) > 1:
+        cells["rank"] = lambda these: _pairs([module.ranks for module in these])
+    if len({module.scalings for module in modules}) > 1:
+        cells["scaling"] = lambda these: _pairs([module.scalings for module in these])
+    cells |= _CELLS
+    table = Table(head, *cells)
     table.columns[0].no_wrap = True  # others give way: which module it is must be whole
-    for module in weights.modules:
-        table.add_row(printable(module.module), *_cells([module]))
+    for name, these in rows.items():
+        table.add_row(printable(name), *(cell(these) for cell in cells.values()))
     return table
 
 
-_COLUMNS = (
-    "state",
-    "rank",
-    "scaling",
-    "first",
-    "second",
-    "difference",
-    "share",
-    "cosine",
-    "inputs",
-    "outputs",
-)
-
-
-def _cells(modules: Sequence[ModuleDifference]) -> Iterator[str]:
+def _states(modules: Sequence[ModuleDifference]) -> str:
     states = [module.state for module in modules]
-    counts = {state: states.count(state) for state in dict.fromkeys(states)}
-    alone = len(modules) == 1
-    yield "\n".join(state if alone else f"{count} {state}" for state, count in counts.items())
-    yield _pairs([module.ranks for module in modules])
-    yield _pairs([module.scalings for module in modules])
-    yield _mean([module.norms[0] for module in modules], _number)
-    yield _mean([module.norms[1] for module in modules], _number)
-    yield _mean([module.difference_norm for module in modules], _number)
-    yield _mean([module.relative for module in modules], _percent)
-    yield _mean([module.cosine for module in modules], lambda value: f"{value:.3f}")
-    yield _overlaps([module.inputs for module in modules])
-    yield _overlaps([module.outputs for module in modules])
+    if len(states) == 1:
+        return states[0]
+    return "\n".join(f"{states.count(state)} {state}" for state in dict.fromkeys(states))
+
+
+def _norms(modules: Sequence[ModuleDifference]) -> str:
+    first, second = (_mean([module.norms[side] for module in modules], _number) for side in (0, 1))
+    return f"{first} / {second}"
+
+
+def _differences(modules: Sequence[ModuleDifference]) -> str:
+    if all(module.difference_norm is None for module in modules):
+        return "-"
+    norm = _mean([module.difference_norm for module in modules], _number)
+    return f"{norm} ({_mean([module.relative for module in modules], _percent)})"
+
+
+def _cosines(modules: Sequence[ModuleDifference]) -> str:
+    return _mean([module.cosine for module in modules], lambda value: f"{value:z.3f}")
+
+
+_CELLS: Mapping[str, Callable[[Sequence[ModuleDifference]], str]] = {
+    "norms": _norms,
+    "difference": _differences,
+    "cosine": _cosines,
+    "inputs": lambda modules: _overlaps([module.inputs for module in modules]),
+    "outputs": lambda modules: _overlaps([module.outputs for module in modules]),
+}
 
 
 def weight_lines(weights: WeightsDifference) -> list[str]:
     """Sums over all modules, what is to be said of some, and what is no LoRA matrix and not the same."""
-    lines = []
-    if weights.modules:
-        same = sum(module.state == SAME for module in weights.modules)
-        first, second = weights.norms
-        share = (
-            f", {_percent(weights.difference_norm / max(weights.norms))} of the larger"
-            if any(weights.norms)
-            else ""
-        )
-        cosine = "" if weights.cosine is None else f"; cosine {weights.cosine:.4f}"
-        lines.append(
-            f"all: {same} of {len(weights.modules)} modules the same; norms {_number(first)} and "
-            f"{_number(second)}, of the difference {_number(weights.difference_norm)}{share}{cosine}"
-        )
+    lines = _sums(weights) if weights.modules else []
     for note in sorted({module.note for module in weights.modules if module.note}):
         these = [printable(module.module) for module in weights.modules if module.note == note]
         lines.append(f"{len(these)} modules, for example {these[0]}: {note}")
@@ -168,9 +170,22 @@ def weight_lines(weights: WeightsDifference) -> list[str]:
         lines.append(f"{other.what}, {printable(other.name)}: {other.state}{note}")
     if len(weights.others) > _SHOWN:
         lines.append(f"and {len(weights.others) - _SHOWN} more tensors")
-    if not weights.others and not weights.modules:
-        lines.append("weights: the same")
-    return lines
+    return lines or ["weights: the same"]
+
+
+def _sums(weights: WeightsDifference) -> list[str]:
+    same = sum(module.state == SAME for module in weights.modules)
+    line = f"all: {same} of {len(weights.modules)} modules the same"
+    if same < len(weights.modules):
+        first, second = map(_number, weights.norms)
+        line += f"; norms {first} and {second}, of the difference {_number(weights.difference_norm)}"
+        if any(weights.norms):
+            line += f" ({_percent(weights.difference_norm / max(weights.norms))})"
+        if weights.cosine is not None:
+            line += f"; cosine {weights.cosine:z.4f}"
+    ranks, scalings = (_one([getattr(m, name) for m in weights.modules]) for name in ("ranks", "scalings"))
+    told = [f"rank {ranks}"] * bool(ranks) + [f"scaling {scalings}"] * bool(scalings)
+    return [line, f"each module: {', '.join(told)}"] if told else [line]
 
 
 def _print_answer(out: Console, answer: AnswerDifference) -> None:
@@ -222,6 +237,11 @@ def _pairs(pairs: Sequence[tuple[float | None, float | None]]) -> str:
         "/".join(dict.fromkeys("-" if value is None else _number(value) for value in pair)) for pair in pairs
     }
     return texts.pop() if len(texts) == 1 else f"{len(texts)} different"
+
+
+def _one(pairs: Sequence[tuple[float | None, float | None]]) -> str:
+    """What all modules have; empty if they do not agree."""
+    return _pairs(pairs) if len(set(pairs)) == 1 else ""
 
 
 def _overlaps(overlaps: Sequence[Overlap | None]) -> str:

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 _PEFT_CAN = frozenset(
     (
         *("feature_unsupported", "vocab_unsupported", "init_unsupported", "module_unknown"),
-        *("peft_type_unsupported", "rank_too_large", "adapter_name_invalid", "adapter_name_reserved"),
+        *("peft_type_unsupported", "rank_too_large"),
     )
 )
 # The rules for LoRA say nothing of other PEFT types; what harms whoever reads a folder is always refused.
@@ -164,7 +164,7 @@ class _Pair:
 
 def _judge(speaker: Speaker, base: BaseModel, allow: Collection[str]) -> tuple[Finding, ...]:
     """Findings for which a server would refuse the adapter, if PEFT may use it all the same."""
-    inspection = inspect_adapter(speaker.folder, Rules(base))
+    inspection = inspect_adapter(speaker.folder, Rules(base), name="adapter")  # whatever the folder is called
     refused = tuple(item for item in inspection.findings if item.severity is Severity.REFUSED)
     if speaker.config.get("peft_type") == "LORA":
         allowed = _PEFT_CAN | (frozenset(allow) - NOT_ALLOWABLE)

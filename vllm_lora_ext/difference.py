@@ -265,7 +265,8 @@ def _common_factors(first: np.ndarray, second: np.ndarray) -> tuple[np.ndarray, 
     factor: np.ndarray = np.empty((0, cut + second.shape[1]))
     for start in range(0, len(first), _PIECE_ROWS):
         piece = [matrix[start : start + _PIECE_ROWS].astype(np.float64) for matrix in (first, second)]
-        factor = np.linalg.qr(np.concatenate([factor, np.concatenate(piece, axis=1)])).R
+        stacked = np.concatenate([factor, np.concatenate(piece, axis=1)])
+        factor = np.asarray(np.linalg.qr(stacked, mode="r"))  # whose type is said to be that of Q and R
     return factor[:, :cut], factor[:, cut:]
 
 

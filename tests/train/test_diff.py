@@ -33,6 +33,8 @@ def save(random_base: str, tmp_path: Path) -> Save:
 
         alpha = {"lora_alpha": 12} if kind == "LoraConfig" else {"alpha": 12}
         settings = {"r": 4, "target_modules": list(PROJECTIONS), **alpha, **config}
+        if kind == "PromptTuningConfig":
+            settings = config
         base = AutoModelForCausalLM.from_pretrained(random_base)
         torch.manual_seed(seed)  # A begins at random
         model = peft.get_peft_model(base, getattr(peft, kind)(task_type="CAUSAL_LM", **settings))
@@ -175,7 +177,7 @@ def test_switched_adapters_answer_as_each_on_a_base_of_its_own(
             assert mine == pytest.approx(theirs, abs=1e-4)
 
 
-@pytest.mark.parametrize("kind", ["bias", "dora", "loha", "pissa"])
+@pytest.mark.parametrize("kind", ["bias", "dora", "loha", "pissa", "prompt"])
 def test_what_changes_the_base_does_not_reach_the_other_adapter(
     kind: str, save: Save, random_base: str
 ) -> None:
@@ -184,6 +186,7 @@ def test_what_changes_the_base_does_not_reach_the_other_adapter(
         "dora": {"use_dora": True},
         "loha": {"kind": "LoHaConfig"},
         "pissa": {"init_lora_weights": "pissa"},
+        "prompt": {"kind": "PromptTuningConfig", "num_virtual_tokens": 3, "size": 1.0},
     }
     first, plain = save("first", 3, **odd[kind]), save("plain", 1)
     found, alone = ask(first, plain, random_base)[0], ask(plain, plain, random_base)[0]
@@ -260,3 +263,17 @@ def test_the_command_asks_both(
     assert main(["diff", *folders, *arguments]) == 0
     parting = json.loads(capsys.readouterr().out)["answers"][0]["parting"]
     assert set(parting) == {"position", "before", "tokens", "texts", "logprobs"}
+
+
+def test_versions_of_a_state_folder_are_asked(
+    save: Save, random_base: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    state, folders = ["--state-dir", str(tmp_path / "state")], [save("first"), save("second", 1)]
+    for name, folder in zip(("one", "other"), folders, strict=True):
+        assert main(["publish", str(folder), "--name", name, *state, "--base-model", random_base]) == 0
+    capsys.readouterr()
+    flags = ["--prompt", QUESTION, "--max-tokens", "12", "--json"]
+    assert main(["diff", "one", "other", *state, *flags]) == 0
+    stored = json.loads(capsys.readouterr().out)["answers"]
+    assert main(["diff", *map(str, folders), *flags]) == 0
+    assert json.loads(capsys.readouterr().out)["answers"] == stored
