@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 COMBINATIONS = ("linear", "cat", "ties", "dare_linear", "dare_ties", "magnitude_prune")
 _SPARSE = COMBINATIONS[2:]
-_BLOCK_ELEMENTS = 1 << 21  # float32 of 8 MB: a few of them stay in the processor's cache, or near it
+_BLOCK_ELEMENTS = 1 << 19  # float32 of 2 MB: a few of them stay in the processor's cache, or near it
 _BUCKETS = 1 << 16
 
 

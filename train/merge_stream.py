@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     import torch
 
 MARKER, _LOCK = ".merge.json", ".merge.lock"
+_MOST_THREADS = 4  # blocks are small, and memory is what is waited for
 _AHEAD = 2  # blocks that wait to be written while the next one is computed
 
 Told = Callable[[int], object]  # how many bytes are done
@@ -118,20 +119,34 @@ def write_shards(plan: MergePlan, recipe: Recipe, partial: PartialMerge, told: T
         BadInput: a merged number is too large for the base's dtype, or is none.
         OSError: the disk is full, or broken.
     """
-    for shard, targets in plan.shards.items():
-        if shard in partial.digests:
-            told(sum(target.stored.place.size for target in targets))
-            continue
-        path = partial.folder / shard
-        unfinished = path.with_name(f"{shard}.unfinished")
-        try:
-            digest = _write_shard(unfinished, targets, recipe, told)
-            unfinished.replace(path)
-        except BaseException:
-            with contextlib.suppress(OSError):
-                unfinished.unlink(missing_ok=True)
-            raise
-        partial.complete(shard, digest)
+    with _a_core_for_the_writer():
+        for shard, targets in plan.shards.items():
+            if shard in partial.digests:
+                told(sum(target.stored.place.size for target in targets))
+                continue
+            path = partial.folder / shard
+            unfinished = path.with_name(f"{shard}.unfinished")
+            try:
+                digest = _write_shard(unfinished, targets, recipe, told)
+                unfinished.replace(path)
+            except BaseException:
+                with contextlib.suppress(OSError):
+                    unfinished.unlink(missing_ok=True)
+                raise
+            partial.complete(shard, digest)
+
+
+@contextmanager
+def _a_core_for_the_writer() -> Iterator[None]:
+    """Torch's threads wait for each other by spinning, and would take turns with the one that writes."""
+    import torch
+
+    threads = torch.get_num_threads()
+    torch.set_num_threads(max(1, min(_MOST_THREADS, threads - 1)))
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
 
 
 def _write_shard(path: Path, targets: tuple[Target, ...], recipe: Recipe, told: Told) -> str:
@@ -160,11 +175,13 @@ def _merged_blocks(target: Target, recipe: Recipe) -> Iterator[torch.Tensor]:
     changes = [(recipe.weights[number], piece.load()) for number, piece in target.pieces]
     combined = Combined(target.spec.name, stored, changes, recipe)
     for start, stop in blocks(stored):
-        merged = combined.merged(start, stored.read(start, stop)).to(dtype).contiguous()
-        if not bool(torch.isfinite(merged).all()):
+        merged = combined.merged(start, stored.read(start, stop))
+        # Rounding keeps the order, so the least and the largest tell of all; a NaN is both.
+        extremes = torch.stack(torch.aminmax(merged)) if merged.numel() else merged
+        if not bool(torch.isfinite(extremes.to(dtype)).all()):
             rule = f"would hold NaN or infinity as {stored.place.spec.dtype} once it is merged"
             raise BadInput(target.spec.name, rule, "Lower --weights, or train with a smaller learning rate.")
-        yield merged.view(-1).view(torch.uint8)
+        yield merged.to(dtype).contiguous().view(-1).view(torch.uint8)
 
 
 class _Writer:
