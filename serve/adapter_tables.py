@@ -7,7 +7,8 @@ from typing import Any
 
 from rich.table import Table
 
-from serve.adapter_view import read_findings
+from serve.adapter_view import PROOF, read_findings
+from vllm_lora_ext.parity import lines as proof_lines
 from vllm_lora_ext.spec import printable
 
 _LIVE_ONLY = ("slot", "cached", "stored")  # states that say where it is, not whether it is served
@@ -15,11 +16,12 @@ _LIVE_ONLY = ("slot", "cached", "stored")  # states that say where it is, not wh
 
 def adapters_table(adapters: Sequence[Mapping[str, Any]]) -> Table:
     """What each adapter is, and what speaks against it."""
-    table = Table("adapter", "version", "rank", "size", "template", "state", "reason")
+    table = Table("adapter", "version", "rank", "size", "template", "proof", "state", "reason")
     for adapter in adapters:
         state = adapter.get("admission") if adapter.get("state") in _LIVE_ONLY else adapter.get("state")
-        what = (adapter.get("rank"), _size(adapter), adapter.get("template"), state, _reason(adapter))
-        table.add_row(*map(_shown, (adapter["id"], adapter.get("version"), *what)))
+        what = (adapter.get("rank"), _size(adapter), adapter.get("template"), adapter.get("proof"), state)
+        row = (adapter["id"], adapter.get("version"), *what, _reason(adapter))
+        table.add_row(*map(_shown, row))
     return table
 
 
@@ -37,14 +39,15 @@ def live_table(adapters: Sequence[Mapping[str, Any]]) -> Table:
 
 def versions_table(adapter: Mapping[str, Any]) -> Table:
     """The versions of one adapter, as they came with it."""
-    columns = ("version", "live", "traffic", "rank", "size", "template", "state", "published")
+    columns = ("version", "live", "traffic", "rank", "size", "template", "proof", "state", "published")
     table = Table(*columns, title=printable(str(adapter["id"])))
     shares = adapter.get("traffic") or {}
     for version in adapter.get("versions") or []:
         share = shares.get(version.get("version"))
         live = ("live" if version.get("live") else "", "" if share is None else f"{share} %")
-        what = (version.get("rank"), _size(version), version.get("template"), version.get("state"))
-        table.add_row(*map(_shown, (version.get("version"), *live, *what, version.get("published_at"))))
+        what = (version.get("rank"), _size(version), version.get("template"), version.get("proof"))
+        row = (version.get("version"), *live, *what, version.get("state"), version.get("published_at"))
+        table.add_row(*map(_shown, row))
     return table
 
 
@@ -53,6 +56,9 @@ def detail_lines(adapter: Mapping[str, Any]) -> Iterator[str]:
     for event in adapter.get("history") or []:
         yield f"{_shown(event.get('at'))}  {_shown(event.get('what')):8}  {_shown(event.get('version'))}"
     yield from map(str, read_findings(adapter.get("findings")))
+    proof = (adapter.get("proofs") or {}).get(PROOF)
+    if proof:
+        yield from map(_shown, proof_lines(proof))
     chat = adapter.get("chat") or {}
     if chat.get("system_prompt") is not None:
         yield f"system prompt: {_shown(chat['system_prompt'])}"

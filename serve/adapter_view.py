@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,6 +13,9 @@ from vllm_lora_ext.inspection import Rules
 from vllm_lora_ext.publishing import judge_published
 from vllm_lora_ext.records import Entry, Version
 from vllm_lora_ext.spec import Finding, Severity, printable
+
+PROOF = "parity"  # the kind of proof in the catalog that is shown by itself, see vllm_lora_ext/parity.py
+Proofs = Callable[[str], Mapping[str, Any]]  # digest -> what was proved of that version, empty if nothing
 
 
 @dataclass(frozen=True)
@@ -32,7 +35,12 @@ class LiveFacts:
     resident_versions: frozenset[str] = frozenset()
 
 
-def adapter_view(entry: Entry, findings: Sequence[Finding], live: LiveFacts | None = None) -> dict[str, Any]:
+def adapter_view(
+    entry: Entry,
+    findings: Sequence[Finding],
+    live: LiveFacts | None = None,
+    proofs: Proofs = lambda digest: {},
+) -> dict[str, Any]:
     """A published name by its live version; `findings` are what speaks against it now.
 
     What the server says of the state wins: a folder that was refused later changes nothing of what is served.
@@ -45,6 +53,7 @@ def adapter_view(entry: Entry, findings: Sequence[Finding], live: LiveFacts | No
         "size_bytes": version.size_bytes,
         "template": version.template,
         "admission": version.state,
+        "proof": proofs(entry.live).get("verdict"),
         "traffic": {digest[:12]: percent for digest, percent in entry.traffic.items()},
         **_use(facts),
         "findings": [finding_data(finding) for finding in tuple(findings) or version.findings],
@@ -60,6 +69,7 @@ def unpublished_view(name: str, state: str, findings: Sequence[Finding] = ()) ->
         "size_bytes": None,
         "template": None,
         "admission": None,
+        "proof": None,
         "traffic": {},
         **_use(LiveFacts()),
         "findings": [finding_data(finding) for finding in findings],
@@ -77,26 +87,34 @@ def adapter_detail(
     catalog: Catalog,
     live: LiveFacts | None = None,
     rules: Rules | None = None,
+    proofs: Proofs | None = None,
 ) -> dict[str, Any]:
     """The same with all versions, newest first, what happened, and how the live one wants to be asked.
 
-    `rules` are those that the versions would be served by.
+    `rules` are those that the versions would be served by, `proofs` what holds where they would be served.
     """
+    proofs = proofs or kept_proofs(catalog)
     resident = live.resident_versions if live else frozenset()
     versions = [
         _version_data(version, entry, catalog, rules or Rules(), version.digest in resident)
+        | {"proof": proofs(version.digest).get("verdict")}
         for version in reversed(entry.versions)
     ]
     return {
-        **adapter_view(entry, findings, live),
+        **adapter_view(entry, findings, live, proofs),
         "versions": versions,
         "history": [
             {"at": event.at, "what": event.what, "version": event.digest[:12]} for event in entry.history
         ],
         "chat": _chat_data(entry.live, catalog),
         "provenance": catalog.store.provenance(entry.live),
-        "proofs": dict(catalog.proofs(entry.live)),
+        "proofs": {PROOF: dict(proof)} if (proof := proofs(entry.live)) else {},
     }
+
+
+def kept_proofs(catalog: Catalog) -> Proofs:
+    """What was proved of versions wherever they were served last."""
+    return lambda digest: catalog.proofs(digest).get(PROOF) or {}
 
 
 def finding_data(finding: Finding) -> dict[str, str]:

@@ -21,6 +21,7 @@ from serve.adapter_view import LiveFacts, adapter_detail, adapter_view, removed_
 from serve.live import LiveAdapters
 from serve.manager import Manager
 from serve.metrics import public_name
+from serve.proving import Prover
 from vllm_lora_ext.archive import Unpacker
 from vllm_lora_ext.background import lower_priority
 from vllm_lora_ext.catalog import Catalog
@@ -30,7 +31,7 @@ from vllm_lora_ext.inbox import version_of
 from vllm_lora_ext.intake import admit
 from vllm_lora_ext.names import ascii_shown, judge_name
 from vllm_lora_ext.peft_format import MAX_WEIGHTS_BYTES
-from vllm_lora_ext.records import Entry
+from vllm_lora_ext.records import Entry, Version
 from vllm_lora_ext.sources import AdapterSource, fetched
 from vllm_lora_ext.spec import Finding, Severity
 
@@ -69,9 +70,15 @@ class Admin:
     """
 
     def __init__(
-        self, live: LiveAdapters, manager: Manager, folders: Folders, roots: Sequence[Path] = ()
+        self,
+        live: LiveAdapters,
+        manager: Manager,
+        folders: Folders,
+        roots: Sequence[Path] = (),
+        prover: Prover | None = None,
     ) -> None:
         assert live.catalog is not None
+        self._prover = prover
         self._live, self._manager, self._folders = live, manager, folders
         self._catalog: Catalog = live.catalog
         self._roots = [Path(os.path.realpath(root)) for root in roots]
@@ -103,7 +110,8 @@ class Admin:
                     return {**row, "versions": [], "history": []}
         entry = self._catalog.entry(name)
         findings = self._findings(entry, self._refusals())
-        return adapter_detail(entry, findings, self._catalog, self._facts(entry), self._live.rules)
+        facts, rules = self._facts(entry), self._live.rules
+        return adapter_detail(entry, findings, self._catalog, facts, rules, self._proof)
 
     def _refusals(self) -> dict[str, tuple[Finding, ...]]:
         """Why folders were refused, by name; the name may be served all the same, in an earlier version."""
@@ -115,7 +123,10 @@ class Admin:
 
     def _view(self, entry: Entry, refusals: Mapping[str, Sequence[Finding]] | None = None) -> dict[str, Any]:
         known = self._refusals() if refusals is None else refusals
-        return adapter_view(entry, self._findings(entry, known), self._facts(entry))
+        return adapter_view(entry, self._findings(entry, known), self._facts(entry), self._proof)
+
+    def _proof(self, digest: str) -> Mapping[str, Any]:
+        return {} if self._prover is None else self._prover.record(digest)
 
     def _facts(self, entry: Entry) -> LiveFacts:
         gate, use = self._manager.gate, self._manager.use_of(entry.name)
@@ -159,7 +170,10 @@ class Admin:
     async def publish_folder(
         self, source: AdapterSource, replaces: bool, chat: ChatOverride, origin: str | None = None
     ) -> dict[str, Any]:
-        """Judge what lies in a folder, have the engine load it, and make it live; nothing changes before."""
+        """Judge what lies in a folder, have the engine load it, and make it live; nothing changes before.
+
+        With --require-proof it is proved in between, and refused if it is not proven.
+        """
         rules = replace(self._live.rules, follow_links=origin is None)
 
         def take() -> Any:
@@ -174,6 +188,7 @@ class Admin:
             await self._manager.prove(served)
             self._live.note_success(served)
             try:
+                await self._require_proof(source.name, version)
                 await self._in_thread(lambda: self._catalog.publish(source.name, version, replaces))
             except BaseException:
                 await self._manager.dismiss(served.model)
@@ -181,17 +196,26 @@ class Admin:
         finally:
             admitted.version.release()
             await self._in_thread(self._catalog.collect)
+        if self._prover is not None:
+            await self._prover.save()
         self._live.refresh()
         return self._view(self._catalog.entry(source.name))
 
     async def rollback(self, name: str, to: str | None) -> dict[str, Any]:
         """Make an earlier version live again."""
+        entry = self._catalog.entry(name)
+        if (digest := entry.find(to).digest if to is not None else entry.previous()) is not None:
+            await self._require_proof(name, entry.find(digest))
         await self._in_thread(lambda: self._catalog.rollback(name, to))
         self._live.refresh()
         return self._view(self._catalog.entry(name))
 
     async def split(self, name: str, percent: Mapping[str, int]) -> dict[str, Any]:
         """Split a name's requests over its versions."""
+        entry = self._catalog.entry(name)
+        for digest, share in percent.items():
+            if share > 0:
+                await self._require_proof(name, entry.find(digest))
         await self._in_thread(lambda: self._catalog.set_traffic(name, percent))
         self._live.refresh()
         return self._view(self._catalog.entry(name))
@@ -222,6 +246,11 @@ class Admin:
         if public_name(name) not in self._catalog.names():
             raise AdapterUnknown(ascii_shown(name), "cannot be found", "`vllm-lora ls` lists what is there.")
         await self.remove(name)
+
+    async def _require_proof(self, name: str, version: Version) -> None:
+        """With --require-proof: refuse what is not proven on this engine; the live version stays."""
+        if self._prover is not None and self._prover.required:
+            await self._prover.require(self._live.served(name, version))
 
     async def _in_thread(self, work: Callable[[], _Result]) -> _Result:
         return await asyncio.get_running_loop().run_in_executor(self._threads, work)

@@ -57,6 +57,7 @@ class FrontSettings:
     max_queue: int
     max_queue_per_adapter: int
     metrics_max_adapters: int
+    require_proof: bool = False
 
 
 @dataclass(frozen=True)
@@ -73,6 +74,7 @@ class ServeConfig:
     watch: bool
     chat: Mapping[str, ChatOverride]  # by the adapter's name
     stated: Mapping[str, Any]
+    require_proof: bool = False
 
     @property
     def base_names(self) -> tuple[str, ...]:
@@ -126,6 +128,11 @@ def add_own_flags(parser: argparse.ArgumentParser) -> None:
         r"'xiaoli=Human: {instruction}\n{input}\n\nAssistant: '; may be given several times",
     )
     group.add_argument("--strict", action="store_true", help="do not start when an adapter is refused")
+    group.add_argument(
+        "--require-proof",
+        action="store_true",
+        help="let no version go live that has not been proven to do on this engine what it did in training",
+    )
     group.add_argument(
         "--no-isolation-check",
         action="store_true",
@@ -213,6 +220,7 @@ def front_settings(args: argparse.Namespace) -> FrontSettings:
         max_queue=getattr(args, "max_queue", MAX_QUEUE),
         max_queue_per_adapter=getattr(args, "max_queue_per_adapter", MAX_QUEUE_PER_ADAPTER),
         metrics_max_adapters=getattr(args, "metrics_max_adapters", METRICS_MAX_ADAPTERS),
+        require_proof=getattr(args, "require_proof", False),
     )
 
 
@@ -256,6 +264,7 @@ def read_config(args: argparse.Namespace, unstated: object) -> ServeConfig:
         watch=not args.no_watch,
         chat=read_prompt_templates(args.prompt_template),
         stated={name: getattr(args, name) for name in INFERRED if getattr(args, name) is not unstated},
+        require_proof=args.require_proof,
     )
 
 

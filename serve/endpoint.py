@@ -30,10 +30,14 @@ from serve.live import LiveAdapters
 from serve.manager import Manager
 from serve.metrics import Metrics
 from serve.preload import preload
+from serve.proof_gate import ProofGate
+from serve.proving import Place, Prover
 from serve.routes import Routes
 from serve.turns import TurnTaker
 from serve.vllm_engine import (
     VllmEngine,
+    base_mark,
+    engine_mark,
     generation_error,
     prove_engine,
     remember_death,
@@ -42,7 +46,7 @@ from serve.vllm_engine import (
 )
 from vllm_lora_ext.base_model import read_base_model
 from vllm_lora_ext.catalog import Catalog
-from vllm_lora_ext.errors import BadBaseModel, ServerFailed
+from vllm_lora_ext.errors import BadBaseModel, BadSetting, ServerFailed
 from vllm_lora_ext.inbox import Inbox
 from vllm_lora_ext.inspection import Rules
 from vllm_lora_ext.spec import EngineLimits
@@ -78,6 +82,7 @@ class AdapterEndpoint:
         self.modules: Sequence[LoRAModulePath] = ()
         self.looking: asyncio.Task[None] | None = None
         self.preloading: asyncio.Task[None] | None = None
+        self.proving: asyncio.Task[None] | None = None
         self.settings: FrontSettings
         self.desk: Desk
 
@@ -105,7 +110,8 @@ class AdapterEndpoint:
         """Check the engine, put the parts together, and load the first adapters; called once it is up.
 
         Raises:
-            ServerFailed: with --strict, when an adapter cannot be loaded; with several API servers.
+            ServerFailed: with --strict, when an adapter cannot be loaded or, with --require-proof, is not
+                proven; with several API servers.
         """
         if engine_client is None:
             return
@@ -123,6 +129,8 @@ class AdapterEndpoint:
             catalog = catalog or await asyncio.to_thread(open_catalog, self.modules, rules, args)
         engine = VllmEngine(engine_client, models)
         self._wire(engine, catalog, folders, rules, state, args)
+        if self._prover is not None:
+            await self._prove_first(self._prover, args, lora.max_loras)
         await self._load_first(args, lora.max_loras if lora else 0)
         render_with_own_template(state.online_renderer, engine.templates)
         turns = TurnTaker(self._manager, self.desk.metrics, models.model_name(), generation_error)
@@ -133,6 +141,8 @@ class AdapterEndpoint:
         self.looking = asyncio.create_task(self._look())
         if self.settings.preload:
             self.preloading = asyncio.create_task(preload(self._live, self._manager))
+        if self._prover is not None:
+            self.proving = asyncio.create_task(self._prover.run())
         names = self._live.names()
         served = ", ".join(names[:20]) + (" ..." if len(names) > 20 else "") if names else "none"
         logger.info("Ready with base model %s and %d adapters: %s", models.model_name(), len(names), served)
@@ -148,7 +158,12 @@ class AdapterEndpoint:
     ) -> None:
         settings, config = self.settings, state.vllm_config
         live = self._live = LiveAdapters(
-            catalog, rules, args.chat_template, folders.pending, lambda model: self._manager.retire(model)
+            catalog,
+            rules,
+            args.chat_template,
+            folders.pending,
+            lambda model: self._manager.retire(model),
+            missing=lambda name, version: self._prover.missing(name, version) if self._prover else None,
         )
         manager = self._manager = Manager(
             engine,
@@ -157,8 +172,10 @@ class AdapterEndpoint:
             self.desk.metrics,
             live.note_failure,
         )
+        self._prover = make_prover(engine, live, manager, config, settings.require_proof)
         if catalog is not None:
-            self.desk.admin = Admin(live, manager, folders, roots_of(self.modules, args))
+            roots = roots_of(self.modules, args)
+            self.desk.admin = Admin(live, manager, folders, roots, self._prover)
             if engine.resolvers:
                 base = config.model_config.model
                 self.desk.find = Elsewhere(engine.resolvers, base, self.desk.admin, rules.base_names).find
@@ -167,6 +184,25 @@ class AdapterEndpoint:
         if responses is not None:
             self.desk.background = lambda: list(responses.background_tasks.values())
         self.desk.manager, self.desk.live = manager, live
+
+    async def _prove_first(self, prover: Prover, args: Namespace, slots: int) -> None:
+        """With --require-proof: what fits the slots before anybody asks, with --strict everything.
+
+        The rest follows while the server serves, and answers 503 until then.
+        """
+        gate: ProofGate | None = getattr(args, "vllm_lora_proofs", None)
+        strict = getattr(args, "strict", False)
+        if gate is not None:
+            gate.open(prover.require_of, asyncio.get_running_loop())
+        if not prover.required:
+            return
+        await prover.prove_live(None if strict else slots)
+        first = self._live.pending().keys() if strict else ()
+        while any(name in self._live.pending() for name in first):  # they come through the gate
+            await asyncio.sleep(_LOOK_EVERY_S)
+        refused = prover.refused() if strict else []
+        if refused:
+            raise ServerFailed("; ".join(refused), "with --strict nothing is served", "Start without it.")
 
     async def _load_first(self, args: Namespace, slots: int) -> None:
         """What fits the slots is loaded before anybody asks; with --strict everything has to load once."""
@@ -193,6 +229,30 @@ class AdapterEndpoint:
                 self.desk.metrics.requests(gate.running, gate.waiting)
             except Exception:  # a flaw must not leave the server blind
                 logger.exception("The catalog cannot be followed")
+
+
+def make_prover(
+    engine: VllmEngine, live: LiveAdapters, manager: Manager, config: Any, required: bool
+) -> Prover | None:
+    """What proves adapters on this engine; None where there are none, or where it generates nothing.
+
+    Raises:
+        BadSetting: proofs are required of a model that generates nothing.
+    """
+    model = config.model_config
+    if live.catalog is None:
+        return None
+    if model.runner_type != "generate":
+        if required:
+            raise BadSetting("--require-proof", "needs a model that generates text", "Leave it out.")
+        return None
+    place = Place(
+        base=base_mark(model.model),
+        engine=engine_mark(),
+        dtype=str(model.dtype).removeprefix("torch."),
+        quantised=config.quant_config is not None or "fp8" in str(config.cache_config.cache_dtype),
+    )
+    return Prover(live, manager, engine.scorer(model), place, required)
 
 
 def limits_of(config: Any, settings: FrontSettings) -> Limits:

@@ -31,6 +31,7 @@ from serve.fleet import (
     fleet_table,
 )
 from serve.plan import flag_of, infer_adapters, infer_compilation, infer_kv_cache, infer_server, plain_command
+from serve.proof_gate import ProofGate
 from serve.ready_watch import ReadyWatch
 from serve.screen import screen
 from serve.taking import taking
@@ -38,7 +39,7 @@ from vllm_lora_ext.base_model import BaseModel, read_base_model
 from vllm_lora_ext.catalog import Catalog
 from vllm_lora_ext.engine import compat, native
 from vllm_lora_ext.errors import AdapterRefused, BadSetting, MissingPackage, PortInUse, ServerFailed
-from vllm_lora_ext.inbox import Inbox, Item
+from vllm_lora_ext.inbox import Condition, Inbox, Item
 from vllm_lora_ext.inspection import Rules
 from vllm_lora_ext.sources import AdapterSource, find_sources, name_and_place
 from vllm_lora_ext.spec import EngineLimits
@@ -173,13 +174,19 @@ def apply_plan(
     inferred = infer_server(base.public_name, config.stated)
     rows = list[FleetRow]()
     if catalog is not None:
-        inbox, items, rows = admit_fleet(sources, base, config, catalog)
+        condition = None
+        if config.require_proof:
+            args.vllm_lora_proofs = gate = ProofGate()
+            condition = Condition(proof_mark(args), gate.check)
+        inbox, items, rows = admit_fleet(sources, base, config, catalog, condition)
         served_rows = [row for row in rows if not row.is_refused]
         ranks, sizes = [row.rank for row in served_rows], [row.size_bytes for row in served_rows]
         inferred += infer_adapters(ranks, sizes, free_memory(), config.stated)
         args.vllm_lora_catalog = catalog
         args.vllm_lora_roots = places_of(config)
         args.vllm_lora_folders = held.enter_context(taking(inbox, items, config))
+        if config.require_proof:
+            held.callback(gate.close)  # before the taking ends, which may wait there
     if (free := free_memory_of_cpu_platform()) is not None:
         inferred += infer_kv_cache(free, config.stated)
         inferred += infer_compilation(weights_size(base.name), native.compiler() is not None, config.stated)
@@ -214,7 +221,11 @@ def open_catalog(config: ServeConfig) -> Catalog:
 
 
 def admit_fleet(
-    sources: Sequence[AdapterSource], base: BaseModel, config: ServeConfig, catalog: Catalog
+    sources: Sequence[AdapterSource],
+    base: BaseModel,
+    config: ServeConfig,
+    catalog: Catalog,
+    condition: Condition | None = None,
 ) -> tuple[Inbox, list[Item], list[FleetRow]]:
     """Look at every adapter, show the table, and take what replaces something that is served.
 
@@ -226,15 +237,16 @@ def admit_fleet(
     base_names = config.base_names or (base.public_name,)
     rules = Rules(base, base_names, allow=config.allow)
     limits = EngineLimits(int(config.stated.get("max_lora_rank", EngineLimits().max_lora_rank)))
-    inbox = Inbox(catalog, rules, config.chat)
+    inbox = Inbox(catalog, rules, config.chat, condition)
     items = inbox.scan(sources, retire=bool(config.adapters or config.modules))
     catalog.note_base(base.name, base.fingerprint)
     if unknown := set(config.chat) - {source.name for source in sources}:
         listed = ", ".join(sorted(unknown))
         screen().print(f"warning: --prompt-template for {listed}: there is no adapter of that name yet")
     served = set(catalog.names())
-    # A name is served in one version from the start, so what changes one is taken now.
-    now = [item for item in items if config.strict or item.source.name in served]
+    # A name is served in one version from the start, so what changes one is taken now; what has to be proved
+    # first is not, since nothing can be before the engine runs.
+    now = [item for item in items if condition is None and (config.strict or item.source.name in served)]
     inbox.take_all(now)
     items = inbox.scan(sources, retire=False) if any(item.is_pending for item in now) else items
     rows = fleet_rows(items, catalog, dataclasses.replace(rules, limits=limits))
@@ -246,6 +258,13 @@ def admit_fleet(
         if config.strict and row.is_refused:
             raise AdapterRefused(row.name, row.findings)
     return inbox, items, rows
+
+
+def proof_mark(args: argparse.Namespace) -> str:
+    """Under which conditions a refusal for want of a proof is the last word."""
+    import vllm
+
+    return f"require-proof {vllm.__version__} {args.dtype}"
 
 
 def places_of(config: ServeConfig) -> list[Path]:

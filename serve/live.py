@@ -23,7 +23,7 @@ from vllm_lora_ext.inspection import Rules
 from vllm_lora_ext.names import ascii_shown
 from vllm_lora_ext.publishing import judge_published
 from vllm_lora_ext.records import Entry, Version
-from vllm_lora_ext.spec import Finding, printable
+from vllm_lora_ext.spec import Finding, Severity, printable
 
 _RETRY_FAILED_S = 30.0  # a version that the engine could not load is not tried again before
 _RETRY_AFTER_S = 1
@@ -42,6 +42,7 @@ class LiveAdapters:
     """Names of one server. `pending` tells which names are being looked at, and why they are not served yet.
 
     `retired` hears of each version (`name@digest12`) that nobody will ask for by its name any more.
+    `missing` tells what a version still lacks to be served: a refusal, or a warning for what is on its way.
     """
 
     def __init__(
@@ -52,7 +53,9 @@ class LiveAdapters:
         pending: Callable[[], Mapping[str, str]] = dict,
         retired: Callable[[str], None] = lambda model: None,
         clock: Callable[[], float] = time.monotonic,
+        missing: Callable[[str, Version], Finding | None] = lambda name, version: None,
     ) -> None:
+        self._missing = missing
         self.catalog, self.rules, self.pending = catalog, rules, pending
         self._stated_template, self._retired, self._clock = stated_template, retired, clock
         self._served: dict[tuple[str, str], ServedVersion | _Unservable] = {}
@@ -153,9 +156,7 @@ class LiveAdapters:
         except AdapterUnknown:
             pass
         if name in self.pending():
-            message = f"The model `{model}` is being loaded: {self.pending()[name]}."
-            headers = {"Retry-After": str(_RETRY_AFTER_S)}
-            raise ApiError(503, message, "adapter_loading", "server_error", "model", headers)
+            raise _not_yet(model, self.pending()[name])
         raise self._not_found(model, self._refusal(name))
 
     def _refusal(self, name: str) -> str:
@@ -198,6 +199,8 @@ class LiveAdapters:
         served = self._look(entry.name, version)
         if isinstance(served, _Unservable):
             why = "; ".join(map(str, served.findings))
+            if all(finding.severity is Severity.WARNING for finding in served.findings):
+                raise _not_yet(f"{entry.name}@{version.short}", served.findings[0].rule)
             raise self._not_found(f"{entry.name}@{version.short}", f"Its adapter was refused: {why}")
         return served
 
@@ -208,6 +211,8 @@ class LiveAdapters:
         expired = isinstance(known, _Unservable) and known.until is not None and known.until < self._clock()
         if known is None or expired or known.version != version:
             known = self._served[key] = self._judge(name, version)
+        if isinstance(known, ServedVersion) and (lack := self._missing(name, version)) is not None:
+            return _Unservable(version, (lack,))
         return known
 
     def _judge(self, name: str, version: Version) -> ServedVersion | _Unservable:
@@ -230,3 +235,9 @@ class LiveAdapters:
         if len(self._unknown) >= _UNKNOWN_KEPT:
             self._unknown.clear()
         self._unknown[model] = error
+
+
+def _not_yet(model: str, why: str) -> ApiError:
+    message = f"The model `{model}` is being loaded: {why.rstrip('.')}."
+    headers = {"Retry-After": str(_RETRY_AFTER_S)}
+    return ApiError(503, message, "adapter_loading", "server_error", "model", headers)

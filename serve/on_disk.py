@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from serve.adapter_view import adapter_detail, adapter_view, removed_view
+from serve.adapter_view import adapter_detail, adapter_view, kept_proofs, removed_view
 from serve.fleet import agreed_base_model
 from vllm_lora_ext.base_model import BaseModel, read_base_model
 from vllm_lora_ext.catalog import KEEP_VERSIONS, Catalog
@@ -37,7 +37,10 @@ class DiskAdapters:
     def list(self) -> Sequence[dict[str, Any]]:
         """All that are published."""
         with self._reading() as catalog:
-            return [adapter_view(entry, _findings(entry, catalog)) for entry in catalog.entries()]
+            proofs = kept_proofs(catalog)
+            return [
+                adapter_view(entry, _findings(entry, catalog), proofs=proofs) for entry in catalog.entries()
+            ]
 
     def get(self, name: str) -> dict[str, Any]:
         """One with its versions."""
@@ -62,7 +65,7 @@ class DiskAdapters:
             entry, inspection = publish(source, catalog, rules, replace, chat)
             if base is not None and not catalog.base():
                 catalog.note_base(base.name, base.fingerprint)
-            return adapter_view(entry, inspection.findings)
+            return adapter_view(entry, inspection.findings, proofs=kept_proofs(catalog))
 
     def rollback(self, name: str, to: str | None) -> dict[str, Any]:
         """Make an earlier version live."""
@@ -136,4 +139,4 @@ def _findings(entry: Entry, catalog: Catalog) -> list[Finding]:
 
 def _view(name: str, catalog: Catalog) -> dict[str, Any]:
     entry = catalog.entry(name)
-    return adapter_view(entry, _findings(entry, catalog))
+    return adapter_view(entry, _findings(entry, catalog), proofs=kept_proofs(catalog))

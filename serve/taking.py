@@ -59,7 +59,8 @@ def taking(inbox: Inbox, items: Sequence[Item], config: ServeConfig) -> Iterator
     """Take what is new in a thread, for the time of the block."""
     watch = None
     if config.watch and (config.adapters or config.modules):
-        watch = FolderWatch(config.adapters, config.modules, Inbox(inbox.catalog, inbox.rules, config.chat))
+        own = Inbox(inbox.catalog, inbox.rules, config.chat, inbox.condition)
+        watch = FolderWatch(config.adapters, config.modules, own)
     work = Taking(inbox, items, watch)
     thread = threading.Thread(target=work.run, name="adapter-inbox", daemon=True)
     thread.start()

@@ -3,18 +3,23 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import logging
 import time
+import uuid
 from argparse import Namespace
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from serve.metrics import OneSeries
 from serve.served import ServedVersion
 from vllm_lora_ext.base_model import read_base_model
 from vllm_lora_ext.errors import BadBaseModel
+from vllm_lora_ext.parity import Answer, CannotScore
 
 if TYPE_CHECKING:
+    from vllm.config import ModelConfig
     from vllm.entrypoints.openai.models.serving import OpenAIServingModels
     from vllm.entrypoints.serve.engine.protocol import ErrorResponse
     from vllm.lora.request import LoRARequest
@@ -80,6 +85,10 @@ class VllmEngine:
         """Take it out of memory."""
         await self._client.remove_lora(handle.lora_int_id)
 
+    def scorer(self, model: ModelConfig) -> VllmScorer:
+        """What proofs ask; to be made before `generate` takes turns."""
+        return VllmScorer(self._client, model)
+
     def _request(self, version: ServedVersion, number: int) -> LoRARequest:
         from vllm.lora.request import LoRARequest
 
@@ -91,6 +100,78 @@ class VllmEngine:
             base_model_name=options.get("base_model_name"),
             is_3d_lora_weight=bool(options.get("is_3d_lora_weight")),
         )
+
+
+class VllmScorer:
+    """Implements `serve.proving.Scorer`; a handle is the `LoRARequest` of a loaded adapter."""
+
+    def __init__(self, client: AsyncLLM, model: ModelConfig) -> None:
+        self._generate = client.generate  # the engine's own: turns are the prover's business
+        self._tokenizer, self._model = client.get_tokenizer, model
+
+    async def score(self, handle: LoRARequest | None, ids: Sequence[int]) -> list[float]:
+        """The logarithm of each token's probability but the first's, given those before it.
+
+        Raises:
+            CannotScore: the engine takes no such request, or gives no scores.
+        """
+        if not self._model.logprobs_mode.endswith("logprobs"):
+            raise CannotScore(f"--logprobs-mode {self._model.logprobs_mode} gives no probabilities", True)
+        output = await self._ask(handle, ids, max_tokens=1, prompt_logprobs=0)
+        scores = list(output.prompt_logprobs or ())[1:]
+        if len(scores) != len(ids) - 1 or not all(scores):
+            raise CannotScore("it gives no scores of prompts")
+        return [float(of[token].logprob) for of, token in zip(scores, ids[1:], strict=True)]
+
+    async def answer(self, handle: LoRARequest | None, ids: Sequence[int], most: int) -> Answer:
+        """The greedy answer, with its end token if it ended.
+
+        Raises:
+            CannotScore: the engine takes no such request.
+        """
+        output = await self._ask(handle, ids, max_tokens=most)
+        (completion,) = output.outputs
+        return Answer(tuple(completion.token_ids), completion.finish_reason == "stop")
+
+    def encode(self, text: str) -> list[int]:
+        """The ids of a text, in no chat template."""
+        ids: list[int] = self._tokenizer().encode(text)
+        return ids
+
+    async def _ask(self, handle: LoRARequest | None, ids: Sequence[int], **params: Any) -> Any:
+        from vllm import SamplingParams
+        from vllm.sampling_params import RequestOutputKind
+
+        if max(ids) >= self._model.get_vocab_size():
+            raise CannotScore("the probe has tokens that this base does not know", True)
+        if len(ids) + params["max_tokens"] > self._model.max_model_len:
+            raise CannotScore(
+                f"the probe is longer than --max-model-len {self._model.max_model_len}", for_good=True
+            )
+        asked = SamplingParams(
+            temperature=0.0, detokenize=False, output_kind=RequestOutputKind.FINAL_ONLY, **params
+        )
+        prompt, number = {"prompt_token_ids": list(ids)}, f"proof-{uuid.uuid4().hex}"
+        outputs = [output async for output in self._generate(prompt, asked, number, lora_request=handle)]
+        if not outputs:
+            raise CannotScore("it gives no answer")
+        return outputs[-1]
+
+
+def base_mark(model: str) -> str:
+    """What names a base for proofs: of a folder also the sizes and times of its weights, which may change."""
+    files = sorted(Path(model).glob("*.safetensors")) if Path(model).is_dir() else []
+    states = [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in files]
+    digest = hashlib.sha256(repr(states).encode()).hexdigest()[:12]
+    return f"{model} {digest}" if states else model
+
+
+def engine_mark() -> str:
+    """What names an engine for proofs: its version, and what it computes on."""
+    import vllm
+    from vllm.platforms import current_platform
+
+    return f"vllm {vllm.__version__} {current_platform.device_name or current_platform.device_type}"
 
 
 async def _closed(*_: Any, **__: Any) -> ErrorResponse:

@@ -2,21 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Coroutine, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 
 from train.prompts import PromptForm
 from train.rows import Row, with_system
 from vllm_lora_ext.errors import BadSetting
+from vllm_lora_ext.parity import LONGEST_ANSWER, Answer, Proof, golden_probes, prove, reference_bounds
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-MAX_ANSWER = 96  # tokens
+MAX_ANSWER = LONGEST_ANSWER
 SHOWN = 3  # questions taken from the rows where no probe is given
+_Result = TypeVar("_Result")
 
 
 @dataclass(frozen=True)
@@ -87,32 +90,102 @@ class Prober:
         )
 
     def golden(self, model: Any) -> list[dict[str, Any]]:
-        """What a server must reproduce: per probe the ids of prompt and greedy answer, and the natural
-        logarithm of the probability of each token but the first, given those before it."""
+        """What a server must reproduce, as `vllm_lora_ext.parity.GoldenProbe` reads it: per probe the ids
+        of prompt and greedy answer, the natural logarithm of the probability of each token but the first,
+        given those before it, with the adapter and for the base alone, and how far each token of the
+        answer was ahead of the next best one."""
         return [
-            {
-                "question": probe.question,
-                "must_hold": probe.must_hold,
-                "right": probe.is_right(self.text(answer), self._tokenizer.eos_token_id in answer),
-                "prompt_ids": list(probe.prompt_ids),
-                "answer_ids": answer,
-                "answer": self.text(answer),
-                "logprobs": _logprobs(model, [*probe.prompt_ids, *answer]),
-            }
+            self._golden(model, probe, answer)
             for probe, answer in zip(self.probes, self.answer_ids(model), strict=True)
         ]
 
+    def _golden(self, model: Any, probe: Probe, answer: list[int]) -> dict[str, Any]:
+        ended = self._tokenizer.eos_token_id in answer
+        ids = [*probe.prompt_ids, *answer]
+        scores, margins = _scores(model, ids)
+        base = {"base_logprobs": _rounded(_base_scores(model, ids))} if _has_adapter(model) else {}
+        return {
+            "question": probe.question,
+            "must_hold": probe.must_hold,
+            "right": probe.is_right(self.text(answer), ended),
+            "prompt_ids": list(probe.prompt_ids),
+            "answer_ids": answer,
+            "answer": self.text(answer),
+            "ended": ended,
+            "logprobs": _rounded(scores),
+            "margins": _rounded(margins[len(probe.prompt_ids) - 1 :]),
+            **base,
+        }
 
-def _logprobs(model: Any, ids: Sequence[int]) -> list[float]:
-    """Of token 1, 2, ... given the tokens before it; rounded to 4 places."""
+
+class PeftEngine:
+    """`vllm_lora_ext.parity.Engine` on a PEFT model: what vLLM is compared with, compared with itself."""
+
+    def __init__(self, model: Any, end: int) -> None:
+        self._model, self._end = model, end
+
+    async def score(self, ids: Sequence[int], with_adapter: bool) -> Sequence[float]:
+        """The logarithm of each token's probability but the first's."""
+        return _scores(self._model, ids)[0] if with_adapter else _base_scores(self._model, ids)
+
+    async def answer(self, prompt_ids: Sequence[int], most: int) -> Answer:
+        """The greedy answer; token by token, as an engine would, and without a cache."""
+        was_training = self._model.training
+        self._model.eval()
+        ids, answer = list(prompt_ids), list[int]()
+        with torch.no_grad():
+            while len(answer) < most and self._end not in answer:
+                logits = self._model(input_ids=torch.tensor([ids], device=self._model.device)).logits
+                answer.append(int(logits[0, -1].argmax()))
+                ids.append(answer[-1])
+        self._model.train(was_training)
+        return Answer(tuple(answer), self._end in answer)
+
+
+def check_golden(provenance: dict[str, Any], model: Any, end: int, dtype: str) -> Proof:
+    """Replay a folder's probes on a PEFT model of this dtype, by the code that a server replays them with.
+
+    `end` is the id of the token that ends an answer.
+    """
+    bounds = reference_bounds(provenance, dtype)
+    return _at_once(prove(golden_probes(provenance), PeftEngine(model, end), bounds))
+
+
+def _at_once(work: Coroutine[Any, Any, _Result]) -> _Result:
+    """The result of what never waits; no event loop, since a notebook runs one already."""
+    try:
+        work.send(None)
+    except StopIteration as done:
+        result: _Result = done.value
+        return result
+    raise RuntimeError("it waits")
+
+
+def _has_adapter(model: Any) -> bool:
+    return hasattr(model, "disable_adapter")
+
+
+def _base_scores(model: Any, ids: Sequence[int]) -> list[float]:
+    with model.disable_adapter() if _has_adapter(model) else nullcontext():
+        return _scores(model, ids)[0]
+
+
+def _scores(model: Any, ids: Sequence[int]) -> tuple[list[float], list[float]]:
+    """Of token 1, 2, ... given the tokens before it: log-probability, and lead over the best other token."""
     was_training = model.training
     model.eval()
-    tokens = torch.tensor([ids], device=model.device)
+    tokens = torch.tensor([list(ids)], device=model.device)
     with torch.no_grad():
         logits = model(input_ids=tokens).logits[0, :-1].float()
     model.train(was_training)
-    chosen = torch.log_softmax(logits, dim=-1).gather(1, tokens[0, 1:, None])[:, 0]
-    return [round(value, 4) for value in chosen.tolist()]
+    logprobs = torch.log_softmax(logits, dim=-1)
+    chosen = logprobs.gather(1, tokens[0, 1:, None])
+    best_other = logprobs.scatter(1, tokens[0, 1:, None], -torch.inf).max(dim=1).values
+    return chosen[:, 0].tolist(), (chosen[:, 0] - best_other).tolist()
+
+
+def _rounded(numbers: Sequence[float]) -> list[float]:
+    return [round(number, 4) for number in numbers]
 
 
 def make_probes(

@@ -42,6 +42,7 @@ _PASSING = frozenset(
         *("adapter_exists", "source_unreachable", "store_failed", "internal_error", "checksum_mismatch"),
         "template_refused",  # its trial may have met a busy machine
         "stated_chat_invalid",  # it is the base model's tokenizer that is missing
+        "proof_unfinished",  # the engine could not be asked
     }
 )
 
@@ -63,6 +64,18 @@ class Item:
         return self.record is None
 
 
+@dataclass(frozen=True)
+class Condition:
+    """What an adapter has to meet besides admission, before it goes live.
+
+    `check` gets its name and its stored version, and raises AdapterRefused; a refusal is looked at again
+    when `mark` is another.
+    """
+
+    mark: str
+    check: Callable[[str, Version], None]
+
+
 _Outcome: TypeAlias = Admitted | Inspection | VllmLoraError
 _Done: TypeAlias = Callable[[Item, Inspection], None]
 
@@ -74,13 +87,21 @@ class Inbox:
     """
 
     def __init__(
-        self, catalog: Catalog, rules: Rules, chat: Mapping[str, ChatOverride] | None = None
+        self,
+        catalog: Catalog,
+        rules: Rules,
+        chat: Mapping[str, ChatOverride] | None = None,
+        condition: Condition | None = None,
     ) -> None:
         self.catalog, self.rules, self._chat = catalog, rules, dict(chat or {})
+        self.condition = condition
         self._stopped = threading.Event()
         base = rules.base.fingerprint if rules.base else ""
         self._rules_mark = " ".join(
-            [str(RULES_FORMAT), base, *sorted(rules.allow), *sorted(rules.base_names)]
+            [
+                *(str(RULES_FORMAT), base, *sorted(rules.allow), *sorted(rules.base_names)),
+                *([condition.mark] if condition else []),
+            ]
         )
 
     def scan(self, sources: Sequence[AdapterSource], retire: bool = True) -> list[Item]:
@@ -175,14 +196,26 @@ class Inbox:
         try:
             stated = self._stated(item.source)
             with fetched(item.source, self.catalog.incoming) as folder:
-                return admit(
+                admitted = admit(
                     folder, self.catalog.store, self.rules, item.source.name, item.inspection, stated
                 )
+            self._check(item.source, admitted)
+            return admitted
         except VllmLoraError as error:
             return error
         except Exception as error:  # a flaw of ours, or of a library that fetches: the others go on
             logger.exception("Adapter %s could not be judged", printable(item.source.name))
             return _unread(item.source, [_internal_error(item.source.name, error)])
+
+    def _check(self, source: AdapterSource, admitted: Admitted) -> None:
+        if self.condition is None:
+            return
+        try:
+            version = version_of(admitted, self.catalog, self.rules, source)
+            self.condition.check(source.name, version)
+        except BaseException:
+            admitted.version.release()
+            raise
 
     def _publish_all(self, finished: Sequence[tuple[Item, _Outcome]], done: _Done | None) -> bool:
         """Whether all of it is on the disk; if not, it is tried again with the next."""

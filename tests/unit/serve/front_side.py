@@ -17,6 +17,7 @@ from serve.gate import Limits
 from serve.live import LiveAdapters
 from serve.manager import Manager
 from serve.metrics import Metrics
+from serve.proving import Prover
 from serve.served import ServedVersion
 from tests.conftest import BASE_CONFIG
 from vllm_lora_ext.base_model import BaseModel
@@ -176,6 +177,7 @@ class Shop:
         self.pending: dict[str, str] = {}
         self._made = 0
         self.now = 1000.0
+        self.prover: Prover | None = None
         self.engine = FakeEngine()
         self.live = LiveAdapters(
             self.catalog,
@@ -184,6 +186,7 @@ class Shop:
             lambda: self.pending,
             lambda model: self.manager.retire(model),
             lambda: self.now,
+            lambda name, version: self.prover.missing(name, version) if self.prover else None,
         )
         self.manager = a_manager(self.engine, self.catalog.store, limits, self.live.note_failure)
 
