@@ -60,11 +60,11 @@ unit-ext: setup
 unit-rest: setup
 	$(PYTHON_BIN) -m pytest tests/unit --ignore=tests/unit/vllm_lora_ext tests/structure
 
-check: setup ## format, lint, types
+check: setup ## format, lint, types, structure, and everything in deploy/; nothing of it needs a network
 	$(PYTHON_BIN) -m ruff format --check .
 	$(PYTHON_BIN) -m ruff check .
 	$(PYTHON_BIN) -m mypy
-	$(PYTHON_BIN) -m pytest -q tests/structure
+	$(PYTHON_BIN) -m pytest -q tests/structure tests/deploy --ignore tests/deploy/test_command_line.py
 
 VERSION ?= 0.33.0
 check-symbols: setup ## what vLLM VERSION lacks of what we touch; downloads its wheel, installs nothing
