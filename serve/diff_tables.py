@@ -81,9 +81,8 @@ def _print_weights(out: Console, found: Difference, one_row_each: bool) -> None:
     types = [printable(side.peft_type) for side in (found.first, found.second)]
     weights = found.weights
     if weights is None:
-        out.print(
-            f"modules: not compared, for the first is {types[0]} and the second {types[1]}", soft_wrap=True
-        )
+        line = f"modules: not compared, for the first is {types[0]} and the second {types[1]}"
+        out.print(f"{line}; `vllm-lora convert` makes a LoRA of many a type", soft_wrap=True)
         return
     if found.first.spec is None:
         out.print(f"modules: both are {types[0]}, so that only whole tensors are compared", soft_wrap=True)

@@ -84,11 +84,13 @@ def compare_configs(first: Mapping[str, Any], second: Mapping[str, Any]) -> list
     """The settings of two `adapter_config.json` that are not the same, by name; but for the base's name."""
     inits = [config.get("init_lora_weights", True) for config in (first, second)]
     of_training = _OF_TRAINING | (_INITS if all(init in _HARMLESS_INITS for init in inits) else frozenset())
+    # Of no other type are modules compared.
+    in_modules = _IN_MODULES if first.get("peft_type") == second.get("peft_type") == "LORA" else frozenset()
     found = []
     for name in sorted({*first, *second} - {_BASE}):
         ours, theirs = _read(name, first), _read(name, second)
         if _canonical(name, ours) != _canonical(name, theirs):
-            note = IN_MODULES if name in _IN_MODULES else OF_TRAINING if name in of_training else ""
+            note = IN_MODULES if name in in_modules else OF_TRAINING if name in of_training else ""
             found.append(SettingDifference(name, ours, theirs, note))
     return found
 

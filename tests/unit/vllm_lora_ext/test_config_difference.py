@@ -55,6 +55,12 @@ def test_what_says_nothing_of_the_answers_does_not_count(said: dict[str, Any], n
     assert (found.name, found.second, found.note, found.counts) == (name, value, note, not note)
 
 
+def test_of_other_types_every_setting_counts_since_no_modules_are_compared() -> None:
+    first = {**LORA, "peft_type": "ADALORA"}
+    (found,) = compare_configs(first, {**first, "lora_alpha": 32})
+    assert found.counts
+
+
 @pytest.mark.parametrize(
     ("first", "second", "state"),
     [
