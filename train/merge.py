@@ -8,8 +8,8 @@ import hashlib
 import json
 import shutil
 import sys
-from collections.abc import Sequence
-from contextlib import ExitStack
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 from train.answers import base_model_of
@@ -19,10 +19,11 @@ from train.merge_base import INDEX_FILE, MergeBase, Stored, open_base
 from train.merge_chat import CONFIG, copy_files, write_chat
 from train.merge_combine import COMBINATIONS, Recipe, blocks
 from train.merge_plan import make_plan
-from train.merge_stream import PartialMerge, partial_merge, write_index, write_shards
+from train.merge_stream import PartialMerge, partial_folder, partial_merge, write_index, write_shards
 from train.model import first_line
 from vllm_lora_ext.base_model import read_base_model
 from vllm_lora_ext.errors import BadInput, BadSetting, OutputExists, TrainingFailed
+from vllm_lora_ext.files import ReadFailed
 from vllm_lora_ext.peft_format import public_name
 
 _FORMAT = 1  # of the partial folder and of how numbers come about: a merge of another one is not gone on with
@@ -57,14 +58,28 @@ def merge(
         base_config = read_base_model(base_name)
         base = stack.enter_context(open_base(base_name))
         opened = [stack.enter_context(open_adapter(folder, base_config)) for folder in folders]
-        try:
+        with _told_what_is_left(base_name, output_dir):
             _merge(base, opened, output_dir, recipe)
-        except OSError as error:
-            full = error.errno in _ROOM
-            reason = "the disk is full" if full else error.strerror or first_line(error)
-            hidden = output_dir.with_name(f".{output_dir.name}.merging")
-            fix = f"The same command goes on after the last whole file; those are in {hidden}."
-            raise TrainingFailed(str(output_dir), f"cannot be written ({reason})", fix) from error
+
+
+@contextmanager
+def _told_what_is_left(base_name: str, output_dir: Path) -> Iterator[None]:
+    """Errors of disks, and an interruption, with what a person can do then."""
+    fix = f"The same command goes on after the last whole file; those are in {partial_folder(output_dir)}."
+    try:
+        yield
+    except BadInput:
+        raise
+    except (ReadFailed, ValueError) as error:  # a file that became shorter is the latter
+        rule = f"cannot be read any more ({getattr(error, 'strerror', None) or first_line(error)})"
+        raise TrainingFailed(base_name, rule, f"Check its files and those of the adapter. {fix}") from error
+    except OSError as error:
+        full = error.errno in _ROOM
+        reason = "the disk is full" if full else error.strerror or first_line(error)
+        raise TrainingFailed(str(output_dir), f"cannot be written ({reason})", fix) from error
+    except KeyboardInterrupt:
+        _say(fix)
+        raise
 
 
 def _merge(base: MergeBase, adapters: Sequence[MergeAdapter], output_dir: Path, recipe: Recipe) -> None:

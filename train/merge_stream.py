@@ -73,6 +73,11 @@ class PartialMerge:
             sync_folder(self.folder)
 
 
+def partial_folder(output_dir: Path) -> Path:
+    """Where a merge into `output_dir` is until it is whole."""
+    return output_dir.with_name(f".{output_dir.name}.merging")
+
+
 @contextmanager
 def partial_merge(output_dir: Path, belongs_to: str) -> Iterator[PartialMerge]:
     """The hidden folder, for one process at a time; gets the output's name when all went well.
@@ -84,7 +89,7 @@ def partial_merge(output_dir: Path, belongs_to: str) -> Iterator[PartialMerge]:
         BadInput: another process merges into the same place.
         OutputExists: something came to be at `output_dir` meanwhile.
     """
-    folder = output_dir.with_name(f".{output_dir.name}.merging")
+    folder = partial_folder(output_dir)
     folder.mkdir(exist_ok=True)
     with (folder / _LOCK).open("w") as lock:
         if os.name == "posix" and not lock_file(lock.fileno()):

@@ -26,7 +26,7 @@ from train.merge import main, merge
 from train.merge_check import check_in_own_process
 from train.merge_combine import Recipe
 from vllm_lora_ext.contract import Identity, read_chat_settings, write_contract
-from vllm_lora_ext.errors import BadInput, OutputExists
+from vllm_lora_ext.errors import BadInput, OutputExists, TrainingFailed
 from vllm_lora_ext.exit_codes import run_command
 
 TEMPLATE = (
@@ -364,3 +364,35 @@ def test_memory_stays_near_one_tensor_however_large_the_model_is(tmp_path: Path)
         )
         shutil.rmtree(out)
         assert int(done.stdout) < 2 * largest, f"{combination}: {int(done.stdout) >> 20} MiB"
+
+
+def test_a_base_that_becomes_shorter_meanwhile_is_named(
+    base: str, adapter: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    complete = merge_stream.PartialMerge.complete
+
+    def cut_the_rest(partial: Any, shard: str, digest: str) -> None:
+        complete(partial, shard, digest)
+        for path in Path(base).glob("model-*.safetensors"):
+            os.truncate(path, 100)
+
+    monkeypatch.setattr(merge_stream.PartialMerge, "complete", cut_the_rest)
+    with pytest.raises(TrainingFailed, match=r"base: cannot be read any more \(model-00002.*ends after"):
+        merge(adapter, base, tmp_path / "merged")
+    assert not (tmp_path / "merged").exists()
+
+
+def test_who_interrupts_a_merge_is_told_that_it_can_go_on(
+    base: str,
+    adapter: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    def interrupt(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(merge_stream.PartialMerge, "complete", interrupt)
+    flags = [str(adapter), "--base-model", base, "--output-dir", str(tmp_path / "merged"), "--no-check"]
+    assert run_command(main, flags) == 130
+    assert "The same command goes on after the last whole file" in capsys.readouterr().err
