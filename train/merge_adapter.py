@@ -30,14 +30,14 @@ if TYPE_CHECKING:
 _MERGED_ONLY = ("feature_unsupported", "module_unknown", "vocab_unsupported", "rank_too_large")
 SUPPORTED = (
     "LORA: plain, rsLoRA, DoRA, with rank and alpha patterns, trained biases, on embeddings and lm_head, "
-    "with modules_to_save"
+    "with modules_to_save and trainable_token_indices"
 )
 # Settings of LoRA under which the weights mean something else than W + scaling * B A.
 _OTHER_ARITHMETIC = (
     *("layer_replication", "alora_invocation_tokens", "use_bdlora", "use_qalora", "arrow_config"),
     *("kasa_config", "monteclora_config", "megatron_config", "target_parameters"),
-    "trainable_token_indices",
 )
+_TOKENS = ".token_adapter.trainable_tokens_delta"  # which are the rows as they are now, and no difference
 _MAGNITUDE = re.compile(r"(?P<module>.+)\.lora_magnitude_vector(\.weight)?")
 # Models of transformers whose linear layers are Conv1D: their weights lie as (in_features, out_features).
 _CONV1D = {"gpt2": ("c_attn", "c_proj", "c_fc", "q_attn"), "openai-gpt": ("c_attn", "c_proj", "c_fc")}
@@ -47,7 +47,8 @@ _CONV1D = {"gpt2": ("c_attn", "c_proj", "c_fc", "q_attn"), "openai-gpt": ("c_att
 class Piece:
     """What one adapter brings for one tensor of the base, `tensor` by the name that PEFT has for it.
 
-    `kind` is low_rank, embedding, whole, or shift (of a bias); `parts` are the adapter's own tensors.
+    `kind` is low_rank, embedding, whole, rows (of an embedding, `rows` says which), or shift (of a bias);
+    `parts` are the adapter's own tensors.
     """
 
     tensor: str
@@ -56,21 +57,30 @@ class Piece:
     scaling: float = 1.0
     magnitude: Stored | None = None
     is_transposed: bool = False
+    rows: tuple[int, ...] = ()
+
+    def fits(self, shape: tuple[int, ...]) -> bool:
+        """Whether the base's tensor may have this shape."""
+        if self.kind == "rows":
+            return self.shape == (len(self.rows), *shape[1:]) and max(self.rows) < shape[0]
+        return self.shape == shape
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """The shape that the base's tensor must have."""
-        if self.kind in ("whole", "shift"):
+        """The shape that the base's tensor must have, or the rows of it that are named."""
+        if self.kind in ("whole", "shift", "rows"):
             return self.parts[0].shape
         a, b = (part.shape for part in self.parts)
         return (a[1], b[0]) if self.kind == "embedding" or self.is_transposed else (b[0], a[1])
 
     def load(self) -> Change:
         """With the numbers in float32."""
-        from train.merge_changes import Dora, LowRank, Shift, Whole
+        from train.merge_changes import Dora, LowRank, Rows, Shift, Whole
 
         if self.kind == "whole":
             return Whole(self.parts[0])
+        if self.kind == "rows":
+            return Rows(self.rows, self.parts[0].read())
         if self.kind == "shift":
             return Shift(self.parts[0].read(), self.scaling)
         a, b = (part.read() for part in self.parts)
@@ -200,12 +210,25 @@ def _other_piece(path: Path, name: str, item: Stored, spec: AdapterSpec, config:
     if short.endswith(".lora_B.bias"):
         module = short.removesuffix(".lora_B.bias")
         return Piece(f"{module}.bias", "shift", (item,), spec.scaling_of(module))
+    if short.endswith(_TOKENS):
+        module = short.removesuffix(_TOKENS)
+        rows = _token_rows(config.get("trainable_token_indices"), module)
+        if rows:
+            return Piece(f"{module}.weight", "rows", (item,), rows=rows)
     if _is_saved(short, tuple(config.get("modules_to_save") or ())):
         return Piece(short, "whole", (item,))
     if short.endswith(".bias") and config.get("bias", "none") != "none":
         return Piece(short.replace(".base_layer.", "."), "whole", (item,))
     rule = f"holds {name[:120]!r}, and merge takes {SUPPORTED}"
     raise BadInput(str(path), rule, "Save it with PEFT (save_pretrained).")
+
+
+def _token_rows(indices: Any, module: str) -> tuple[int, ...]:
+    """Whose rows were trained; without names those of the embedding. Empty if that is not said."""
+    if isinstance(indices, dict):
+        indices = next((rows for name, rows in indices.items() if module.endswith(name)), None)
+    listed = isinstance(indices, list) and all(type(row) is int and row >= 0 for row in indices)
+    return tuple(indices) if listed else ()
 
 
 def _is_saved(tensor: str, saved: tuple[str, ...]) -> bool:

@@ -80,6 +80,25 @@ class Whole:
 
 
 @dataclass(frozen=True)
+class Rows:
+    """Other numbers for a few rows of an embedding: `rows` are their places, `values` (rows, width)."""
+
+    rows: tuple[int, ...]
+    values: torch.Tensor
+
+    def delta(self, start: int, base: torch.Tensor) -> torch.Tensor:
+        """See `Change`."""
+        return self.applied(start, base.clone()).sub_(base)
+
+    def applied(self, start: int, base: torch.Tensor) -> torch.Tensor:
+        """See `Change`."""
+        for place, row in enumerate(self.rows):
+            if start <= row < start + len(base):
+                base[row - start] = self.values[place]
+        return base
+
+
+@dataclass(frozen=True)
 class Shift:
     """What `lora_bias` adds to a bias: (rows, 1)."""
 

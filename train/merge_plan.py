@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from operator import itemgetter
 from typing import Any
 
 from train.merge_adapter import MergeAdapter, Piece
@@ -55,9 +56,10 @@ def make_plan(base: MergeBase, adapters: Sequence[MergeAdapter]) -> MergePlan:
     embedding = next((name for name in tensors if name.endswith(_EMBEDDINGS)), None)
     is_tied = _is_tied(base.config, tensors)
     changes: dict[str, list[tuple[int, Piece]]] = {}
+    of_both: list[tuple[int, Piece]] = []  # changes of the embedding that are the head's as well
     for number, adapter in enumerate(adapters):
         for piece in adapter.pieces:
-            if is_tied and adapter.is_tied and piece.tensor.endswith(_HEAD):
+            if is_tied and (adapter.is_tied or piece.kind == "rows") and piece.tensor.endswith(_HEAD):
                 continue  # the embedding's change once more
             name = _stored_name(piece.tensor, tensors)
             if name is None and piece.tensor.endswith(_HEAD) and is_tied and embedding:
@@ -68,7 +70,11 @@ def make_plan(base: MergeBase, adapters: Sequence[MergeAdapter]) -> MergePlan:
             stored = tensors[name] if name in tensors and not _is_tied_head(name, is_tied) else None
             _judge_fit(adapter, piece, stored or tensors[str(embedding)], base)
             changes.setdefault(name, []).append((number, piece))
-    new_head = _untied(changes, embedding, is_tied, _keeps_tie(adapters))
+            if is_tied and name == embedding and (adapter.is_tied or piece.kind == "rows"):
+                of_both.append((number, piece))
+    new_head = _untied(changes, embedding, is_tied, of_both)
+    if new_head is not None:
+        changes[new_head] = sorted([*changes.get(new_head, ()), *of_both], key=itemgetter(0))
     return MergePlan(dict(_shards(base, changes, new_head, embedding)), new_head)
 
 
@@ -85,19 +91,15 @@ def _is_tied(config: Mapping[str, Any], tensors: Mapping[str, Stored]) -> bool:
     return not any(name.endswith(_HEAD) for name in tensors)
 
 
-def _keeps_tie(adapters: Sequence[MergeAdapter]) -> bool:
-    """Whether an adapter was trained with PEFT's `ensure_weight_tying`: one change for both."""
-    return any(adapter.is_tied for adapter in adapters)
-
-
-def _untied(changes: Mapping[str, Any], embedding: str | None, is_tied: bool, keeps_tie: bool) -> str | None:
+def _untied(
+    changes: Mapping[str, Any], embedding: str | None, is_tied: bool, of_both: Sequence[object]
+) -> str | None:
     """The name of the head, if a tied one has to become a tensor of its own."""
     if not is_tied or embedding is None:
         return None
     head = _head_name(embedding)
-    if head in changes:
-        return head
-    return head if embedding in changes and not keeps_tie else None
+    is_one = head not in changes and len(changes.get(embedding, ())) == len(of_both)
+    return None if is_one else head
 
 
 def _head_name(embedding: str) -> str:
@@ -119,7 +121,7 @@ def _stored_name(name: str, tensors: Mapping[str, Stored]) -> str | None:
 
 def _judge_fit(adapter: MergeAdapter, piece: Piece, stored: Stored, base: MergeBase) -> None:
     spec = stored.place.spec
-    if piece.shape != spec.shape:
+    if not piece.fits(spec.shape):
         rule = f"brings {piece.tensor} of shape {piece.shape}, {base.name} has {spec.shape}"
         fix = (
             "Merge it into the base that it was trained on; a vocabulary that was extended cannot be merged."

@@ -41,6 +41,8 @@ KINDS: dict[str, dict[str, Any]] = {
     "biases of all": {"bias": "all"},
     "biases of LoRA": {"bias": "lora_only"},
     "bias of B": {"target_modules": ["q_proj", "v_proj"], "lora_bias": True},
+    "tokens": {"trainable_token_indices": [1, 5, 299]},
+    "tokens of both": {"trainable_token_indices": {"embed_tokens": [1, 5], "lm_head": [1, 5]}},
     "tied": {"target_modules": ["embed_tokens", "q_proj"], "ensure_weight_tying": True},
 }
 
@@ -135,7 +137,7 @@ def test_a_tied_head_becomes_a_tensor_of_its_own_when_only_one_of_both_changed(
     assert index["metadata"]["total_size"] == sizes
 
 
-@pytest.mark.parametrize("kind", ["plain", "tied"])
+@pytest.mark.parametrize("kind", ["plain", "tied", "tokens", "tokens of both"])
 def test_a_tie_that_still_holds_is_kept(kind: str, tmp_path: Path) -> None:
     base = make_base(tmp_path / "base", "qwen2")
     merge(make_adapter(tmp_path / "adapter", base, **KINDS[kind]), base, tmp_path / "merged")
@@ -207,8 +209,8 @@ def _loha(folder: Path, base: str) -> Path:
         (_ia3, "PEFT type 'IA3', and merge takes LORA"),
         (_loha, "PEFT type 'LOHA', and merge takes LORA"),
         (
-            lambda folder, base: make_adapter(folder, base, trainable_token_indices=[1, 2]),
-            "trainable_token_indices, and merge takes LORA",
+            lambda folder, base: make_adapter(folder, base, alora_invocation_tokens=[1, 2]),
+            "alora_invocation_tokens, and merge takes LORA",
         ),
         (
             lambda folder, base: make_adapter(folder, base, target_modules=["q_proj"], lora_bias=True),

@@ -127,7 +127,9 @@ def test_dare_drops_at_random_and_keeps_the_mean(
     assert float(sums[0] / sums[1]) == pytest.approx(1, abs=0.02)
 
 
-@pytest.mark.parametrize("kind", ["dora", "embedding saved", "norms saved", "embedding", "biases of all"])
+@pytest.mark.parametrize(
+    "kind", ["dora", "tokens", "embedding saved", "norms saved", "embedding", "biases of all"]
+)
 def test_what_is_no_product_of_two_matrices_is_combined_by_its_change(kind: str, tmp_path: Path) -> None:
     """Half of it is half the way from the base's weight to the merged one, for whatever kind."""
     base = make_base(tmp_path / "base", "qwen2")
