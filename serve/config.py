@@ -58,6 +58,7 @@ class FrontSettings:
     max_queue_per_adapter: int
     metrics_max_adapters: int
     require_proof: bool = False
+    catalog_from_source: bool = False
 
 
 @dataclass(frozen=True)
@@ -75,6 +76,7 @@ class ServeConfig:
     chat: Mapping[str, ChatOverride]  # by the adapter's name
     stated: Mapping[str, Any]
     require_proof: bool = False
+    catalog_from_source: bool = False
 
     @property
     def base_names(self) -> tuple[str, ...]:
@@ -118,6 +120,12 @@ def add_own_flags(parser: argparse.ArgumentParser) -> None:
     add_allow_flag(group)
     group.add_argument(
         "--no-watch", action="store_true", help="take the folder's adapters at the start only, and no change"
+    )
+    group.add_argument(
+        "--catalog-from-source",
+        action="store_true",
+        help="let the adapters folders alone decide what is served, as on each of many replicas: whoever "
+        "wants to change an adapter over HTTP is answered with 409",
     )
     group.add_argument(
         "--prompt-template",
@@ -221,6 +229,7 @@ def front_settings(args: argparse.Namespace) -> FrontSettings:
         max_queue_per_adapter=getattr(args, "max_queue_per_adapter", MAX_QUEUE_PER_ADAPTER),
         metrics_max_adapters=getattr(args, "metrics_max_adapters", METRICS_MAX_ADAPTERS),
         require_proof=getattr(args, "require_proof", False),
+        catalog_from_source=getattr(args, "catalog_from_source", False),
     )
 
 
@@ -265,6 +274,7 @@ def read_config(args: argparse.Namespace, unstated: object) -> ServeConfig:
         chat=read_prompt_templates(args.prompt_template),
         stated={name: getattr(args, name) for name in INFERRED if getattr(args, name) is not unstated},
         require_proof=args.require_proof,
+        catalog_from_source=args.catalog_from_source,
     )
 
 

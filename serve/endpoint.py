@@ -99,6 +99,7 @@ class AdapterEndpoint:
         names = [base_names] if isinstance(base_names, str) else list(base_names)
         metrics = Metrics(self.settings.metrics_max_adapters, base_names=names)
         self.desk = Desk(Routes(self.settings.allow_route), self.settings.keys, metrics, int(time.time()))
+        self.desk.from_source = self.settings.catalog_from_source
         app.add_middleware(Front, desk=self.desk)
         if not any(getattr(route, "path", "") == "/v1/chat/completions" for route in app.routes):
             # A pooling model renders chats where we cannot give a default, so the adapter's template goes
@@ -176,7 +177,7 @@ class AdapterEndpoint:
         if catalog is not None:
             roots = roots_of(self.modules, args)
             self.desk.admin = Admin(live, manager, folders, roots, self._prover)
-            if engine.resolvers:
+            if engine.resolvers and not settings.catalog_from_source:
                 base = config.model_config.model
                 self.desk.find = Elsewhere(engine.resolvers, base, self.desk.admin, rules.base_names).find
         self.desk.max_model_len = config.model_config.max_model_len

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from serve.admin import Admin
+from serve.from_source import source_decides
 from serve.gate import Adapter, QueueFull
 from serve.incoming import read_body, refuse_templates, user_of, with_chat_settings
 from serve.keys import Keys
@@ -43,6 +44,7 @@ class Desk:
 
     `background` gives the tasks that go on after their response, see vLLM's responses. `started_at` is in
     seconds since 1970. `admin` stays None on a server without adapters. `find` looks for a name elsewhere.
+    With `from_source` nobody changes adapters here.
     """
 
     routes: Routes
@@ -53,6 +55,7 @@ class Desk:
     manager: Manager | None = None
     admin: Admin | None = None
     max_model_len: int | None = None
+    from_source: bool = False
     find: Callable[[str], Awaitable[bool]] | None = None
     background: Callable[[], Collection[asyncio.Task[Any]]] = tuple
 
@@ -86,6 +89,8 @@ class Front:
         kind = self._desk.routes.kind(method, path)
         if kind is None:
             raise _Refused(self._desk.routes.closed(method, path))
+        if kind is RouteKind.ADMIN_CHANGE and self._desk.from_source:
+            raise _Refused(source_decides())
         if (error := self._desk.keys.check(kind, scope["headers"])) is not None:
             raise _Refused(error)
         if kind is RouteKind.MODEL:

@@ -30,6 +30,7 @@ from serve.fleet import (
     fleet_rows,
     fleet_table,
 )
+from serve.from_source import must_follow_source
 from serve.plan import flag_of, infer_adapters, infer_compilation, infer_kv_cache, infer_server, plain_command
 from serve.proof_gate import ProofGate
 from serve.ready_watch import ReadyWatch
@@ -217,6 +218,8 @@ def open_catalog(config: ServeConfig) -> Catalog:
     state_dir = (config.state_dir or default_state_dir(places)).absolute()
     catalog = Catalog(state_dir, keep_versions=config.keep_versions)
     screen().print(f"--state-dir {state_dir}: checked versions of the adapters, and the state")
+    if config.catalog_from_source:
+        must_follow_source(config, catalog)
     return catalog
 
 
