@@ -19,13 +19,13 @@ if TYPE_CHECKING:
     from peft import PeftModel
     from transformers import PreTrainedModel
 
-_ROUNDED = 1e-9  # of a weight in float64: less is no change
+_ROUNDED = 1e-9  # of a weight: less is no change
 
 
 def dense_changes(folder: Path, base_model: str) -> Iterator[tuple[str, torch.Tensor, bool]]:
     """Module, its change (out, in) in float64, and whether it is an embedding, of all modules that change.
 
-    The base is held twice, in float32.
+    The base is held twice in float32, and one module in float64.
 
     Raises:
         BadInput: PEFT cannot load or merge the adapter, or it changes what no LoRA can.
@@ -34,11 +34,11 @@ def dense_changes(folder: Path, base_model: str) -> Iterator[tuple[str, torch.Te
     _untie(base)
     before = {name: tensor.detach().clone() for name, tensor in base.named_parameters(remove_duplicate=False)}
     model = attach_adapter(base, folder)
-    _merge(model, folder)
     beyond = []
-    merged = _merged(model)
-    for name, original in before.items():
-        tensor = merged[name]
+    for name, tensor in _merged(model, folder):
+        original = before.pop(name, None)
+        if original is None:  # the adapter's own, or seen before
+            continue
         if original.shape != tensor.shape:
             beyond.append(name)
             continue
@@ -64,44 +64,39 @@ def _untie(base: PreTrainedModel) -> None:
         head.weight = torch.nn.Parameter(head.weight.detach().clone(), requires_grad=False)
 
 
-def _merge(model: PeftModel, folder: Path) -> None:
-    """Every layer in float64, in place."""
-    from peft.tuners.tuners_utils import BaseTunerLayer
-
-    merged = 0
-    for layer in [module for module in model.modules() if isinstance(module, BaseTunerLayer)]:
-        try:
-            layer.double().merge()
-        except Exception as error:  # each of PEFT's types has its own way of not being able to
-            kind = model.active_peft_config.peft_type.value
-            rule = f"{kind} cannot be merged into one weight ({first_line(error)})"
-            raise BadInput(str(folder), rule, "Train a LoRA.") from error
-        merged += 1
-    if not merged and not _has_saved_modules(model):
-        kind = model.active_peft_config.peft_type.value
-        rule = f"{kind} changes no weight of the base but what goes through it, which no LoRA can"
-        raise BadInput(str(folder), rule, "Train a LoRA.")
-
-
-def _has_saved_modules(model: PeftModel) -> bool:
-    from peft.utils.other import AuxiliaryTrainingWrapper
-
-    return any(isinstance(module, AuxiliaryTrainingWrapper) for module in model.modules())
-
-
 _WITHIN = (".base_layer", ".modules_to_save.default", ".original_module", ".token_adapter")
 
 
-def _merged(model: PeftModel) -> dict[str, torch.Tensor]:
-    """Name -> weight, with the base's own names where the adapter stands in the place of something."""
-    found: dict[str, torch.Tensor] = {}
-    for full_name, tensor in model.get_base_model().named_parameters(remove_duplicate=False):
+def _merged(model: PeftModel, folder: Path) -> Iterator[tuple[str, torch.Tensor]]:
+    """Weights by the base's own names, with what the adapter puts in their place; layers of PEFT's first."""
+    from peft.tuners.tuners_utils import BaseTunerLayer
+    from peft.utils.other import AuxiliaryTrainingWrapper
+
+    inner = model.get_base_model()
+    layers = {name: one for name, one in inner.named_modules() if isinstance(one, BaseTunerLayer)}
+    kind = model.active_peft_config.peft_type.value
+    if not layers and not any(isinstance(one, AuxiliaryTrainingWrapper) for one in inner.modules()):
+        rule = f"{kind} changes no weight of the base but what goes through it, which no LoRA can"
+        raise BadInput(str(folder), rule, "Train a LoRA.")
+    for name, layer in layers.items():
+        try:
+            layer.double().merge()
+        except Exception as error:  # each of PEFT's types has its own way of not being able to
+            rule = f"{kind} cannot be merged into one weight ({first_line(error)})"
+            raise BadInput(str(folder), rule, "Train a LoRA.") from error
+        yield from _by_base_names(layer, f"{name}.")
+        layer.float()
+    yield from _by_base_names(inner)
+
+
+def _by_base_names(module: torch.nn.Module, prefix: str = "") -> Iterator[tuple[str, torch.Tensor]]:
+    """What replaces a weight comes before the weight that it replaces."""
+    found = [(prefix + name, one.detach()) for name, one in module.named_parameters(remove_duplicate=False)]
+    for full_name, tensor in sorted(found, key=lambda pair: ".original_module." in pair[0]):
         name = full_name
         for within in _WITHIN:
             name = name.replace(f"{within}.", ".")
-        if name not in found or ".original_module." not in full_name:
-            found[name] = tensor.detach()
-    return found
+        yield name, tensor
 
 
 def _is_transposed(layer: torch.nn.Module) -> bool:
