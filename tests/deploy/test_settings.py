@@ -94,7 +94,9 @@ def test_a_flag_of_ours_or_vllms_in_a_document_exists(path: Path) -> None:
     others = set((ROOT / "serve").rglob("*.py")) | set((ROOT / "train").rglob("*.py"))
     words = "\n".join(other.read_text(encoding="utf-8") for other in sorted(others))
     assert named
-    unknown = {flag for flag in named - own_flags() - vllm_flags() if f'"{flag}"' not in words}
+    known = own_flags() | vllm_flags()
+    known |= {f"--no-{flag[2:]}" for flag in vllm_flags()}  # of those that are on or off
+    unknown = {flag for flag in named - known if f'"{flag}"' not in words}
     assert not unknown - {"--profile"}  # Docker Compose's
 
 
