@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import shutil
 from collections.abc import Mapping, Sequence
@@ -27,7 +28,7 @@ from vllm_lora_ext.peft_format import public_name
 CONFIG = "config.json"
 # Weights in any form, and what tells of the base only.
 _WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack", ".onnx", ".ckpt", ".tflite")
-_LEFT_OUT = (INDEX_FILE, IDENTITY_FILE, "README.md", "recipe.json")
+_LEFT_OUT = (INDEX_FILE, IDENTITY_FILE, "README.md")
 _END_TOKENS = ("bos_token_id", "eos_token_id", "pad_token_id")
 
 
@@ -57,7 +58,8 @@ def write_chat(
 
     A server takes of a base model its template and `generation_config.json`, so a system prompt is put into
     the template, as when a whole model is trained. Stop strings have no such place: vLLM reads none of a base
-    model. They are kept for whoever asks (`stop_strings`, which transformers reads, and `identity.json`).
+    model, and with `stop_strings` in that file transformers' `generate` fails where it is given no tokenizer.
+    They are kept in `identity.json`.
     """
     chat = adapters[0].inspection.chat
     notices = _differences(adapters)
@@ -73,14 +75,15 @@ def write_chat(
         if chat.system_prompt:
             notices.append("neither adapter nor base has a chat template, so the system prompt is left out")
         return notices
-    identity = Identity(
-        name, template, _provenance(base, adapters, recipe), digests, chat.system_prompt, chat.stop
-    )
-    template = whole_template(identity)
-    write_contract(
-        folder, Identity(name, template, identity.provenance, digests, chat.system_prompt, chat.stop)
-    )
+    about = _provenance(base, adapters, recipe)
+    identity = Identity(name, template, about, digests, chat.system_prompt, chat.stop)
+    identity = dataclasses.replace(identity, template=whole_template(identity))
+    write_contract(folder, identity)
     _forget_template(folder / TOKENIZER_FILE)
+    if not chat.trained:  # nobody vouches for it, merged or not
+        body = json.loads(identity.to_json())
+        body["chat_template"]["trained"] = False
+        _write_json(folder / IDENTITY_FILE, body)
     return notices
 
 
@@ -117,8 +120,6 @@ def _write_generation(base: MergeBase, chat: ChatSettings, path: Path) -> None:
     if chat.sampling:
         # As vLLM reads a temperature of 0.
         known |= {"do_sample": chat.sampling.get("temperature", 1) > 0, **chat.sampling}
-    if chat.stop:
-        known["stop_strings"] = list(chat.stop)
     _write_json(path, known)
 
 
