@@ -13,6 +13,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -134,20 +135,22 @@ def compare(adapters: Sequence[Path], base_model: str, merged: Path, recipe: Rec
 
 
 def _prompts(merged: Path) -> list[torch.Tensor]:
-    """Ids of shape (1, tokens)."""
+    """Ids of shape (1, tokens); at random for a model without tokenizer, of which transformers makes one of
+    no words for some kinds."""
     import torch
 
     from train.model import load_tokenizer
     from vllm_lora_ext.errors import BadInput
 
-    try:
+    with suppress(BadInput):
         tokenizer = load_tokenizer(str(merged))
-        return [tokenizer(text, return_tensors="pt")["input_ids"] for text in PROMPTS]
-    except BadInput:
-        config = json.loads((merged / "config.json").read_text(encoding="utf-8"))
-        chance = torch.Generator().manual_seed(0)
-        size = (1, _RANDOM_IDS)
-        return [torch.randint(config["vocab_size"], size, generator=chance) for _ in PROMPTS]
+        prompts = [tokenizer(text, return_tensors="pt")["input_ids"] for text in PROMPTS]
+        if all(ids.numel() for ids in prompts):
+            return prompts
+    config = json.loads((merged / "config.json").read_text(encoding="utf-8"))
+    vocabulary = config.get("vocab_size") or config["text_config"]["vocab_size"]
+    chance = torch.Generator().manual_seed(0)
+    return [torch.randint(vocabulary, (1, _RANDOM_IDS), generator=chance) for _ in PROMPTS]
 
 
 def _adapted(adapters: Sequence[Path], base_model: str, recipe: Recipe) -> PeftModel:
@@ -184,7 +187,8 @@ def _add_dense(model: PeftModel, names: Sequence[str], recipe: Recipe) -> None:
             there = [name for name in names if name in layer.scaling]
             changes = [layer.get_delta_weight(name) for name in there]
             chosen = torch.tensor([weights[name] for name in there])
-            layer.get_base_layer().weight += mix(changes, chosen, recipe.density)
+            base = layer.get_base_layer()  # whose weight may be another's as well: that one stays as it is
+            base.weight = torch.nn.Parameter(base.weight + mix(changes, chosen, recipe.density))
     model.base_model.disable_adapter_layers()
 
 

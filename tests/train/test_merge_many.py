@@ -164,6 +164,19 @@ def test_the_check_finds_what_is_right_and_what_is_not(
     assert bad.difference > 0.05 * bad.spread and "warning" in str(bad)
 
 
+@pytest.mark.parametrize("kind", ["embedding", "head", "embedding and head"])
+@pytest.mark.parametrize(("combination", "density"), [("linear", None), ("ties", 0.5)])
+def test_the_check_knows_tied_tensors(
+    kind: str, combination: str, density: float | None, tmp_path: Path
+) -> None:
+    base = make_base(tmp_path / "base", "qwen2")
+    pair = [make_adapter(tmp_path / name, base, seed, **KINDS[kind]) for seed, name in enumerate("ab")]
+    recipe = Recipe(WEIGHTS, combination, density)
+    merge(pair, base, tmp_path / "merged", recipe)
+    check = compare(pair, base, tmp_path / "merged", recipe)
+    assert check.difference < 1e-3 * check.spread
+
+
 @pytest.mark.parametrize(
     ("settings", "said"),
     [
