@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from serve.adapter_tables import detail_lines
 from serve.adapter_view import (
     LiveFacts,
     adapter_detail,
@@ -88,3 +89,17 @@ def test_findings_come_back_as_they_went(entry: Entry) -> None:
         assert read_findings(nonsense) == []
     (finding,) = read_findings([{"code": 3, "item": "\x1b[31m", "severity": ["x"]}])
     assert str(finding).isprintable() and finding.severity is Severity.REFUSED
+
+
+def test_what_was_proved_is_shown_with_the_version_and_to_people(entry: Entry, catalog: Catalog) -> None:
+    assert adapter_view(entry, [])["proof"] is None and adapter_detail(entry, [], catalog)["proofs"] == {}
+    proof = {"verdict": "failed", "kind": "probes", "probes": 2, "tokens": 70, "largest": 8.0, "effect": 3.0}
+    catalog.record_proof(entry.live, "parity", {**proof, "reasons": ["is scored differently\x1b[31m"]})
+    detail = adapter_detail(entry, [], catalog)
+    assert (detail["proof"], detail["versions"][0]["proof"]) == ("failed", "failed")
+    assert detail["proofs"]["parity"]["probes"] == 2
+    told = list(detail_lines(detail))
+    assert "proof: failed; 2 probes, 70 tokens, off by 8 nats; effect 3 nats" in told
+    assert all(line.isprintable() for line in told if "scored" in line)
+    elsewhere = adapter_detail(entry, [], catalog, proofs=lambda digest: {})
+    assert (elsewhere["proof"], elsewhere["proofs"]) == (None, {}), "it was proved on another engine"

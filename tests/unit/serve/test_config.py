@@ -193,4 +193,8 @@ def test_the_config_tells_what_was_stated() -> None:
     assert not config.watch and config.wants_adapters and config.state_dir == Path("s")
     assert config.stated == {"max_loras": 4, "served_model_name": "n"}
     assert config.base_names == ("n",)
-    assert set(config.chat) == {"x"}
+    assert set(config.chat) == {"x"} and not config.require_proof
+
+
+def test_a_proof_is_required_by_a_flag_of_its_own() -> None:
+    assert settings("--require-proof").require_proof and not settings().require_proof
