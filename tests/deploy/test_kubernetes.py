@@ -115,6 +115,17 @@ def name_of(item: Any) -> str:
     return str(item.get("name", ""))
 
 
+def test_the_overlays_use_what_kubectl_1_20_knows() -> None:
+    """It builds by kustomize 2.0.3, where `resources` are files, and `patches` means something else."""
+    known = {"apiVersion", "kind", "resources", "bases", "images", "patchesStrategicMerge", "patchesJson6902"}
+    for path in KUBERNETES.rglob("kustomization.yaml"):
+        (body,) = objects(path)
+        assert set(body) <= known, path
+        for key in ("resources", "patchesStrategicMerge"):
+            assert all((path.parent / name).is_file() for name in body.get(key, ())), path
+        assert all((path.parent / name / "kustomization.yaml").is_file() for name in body.get("bases", ()))
+
+
 # Rights.
 
 
