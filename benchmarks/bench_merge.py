@@ -50,9 +50,9 @@ def merge_peft(base: Path, adapter: Path, out: Path) -> None:
 
 def run_arm(arm: str, base: Path, adapter: Path, out: Path) -> None:
     """In the child: merge, and print how long it took without and with imports, and the most memory."""
+    started = time.monotonic()
     import torch
 
-    started = time.monotonic()
     needed = ("train.merge",) if arm == "ours" else ("peft", "transformers.models.qwen2.modeling_qwen2")
     for name in needed:
         importlib.import_module(name)
@@ -65,8 +65,9 @@ def run_arm(arm: str, base: Path, adapter: Path, out: Path) -> None:
     print(json.dumps({**spent, "peak_mib": peak_kib / 1024}))
 
 
-def measure(arm: str, base: Path, adapter: Path, out: Path) -> dict[str, float]:
+def measure(arm: str, base: Path, adapter: Path, out: Path, threads: int | None) -> dict[str, float]:
     """One merge in a process of its own; `wall_s` is from its start to its end."""
+    environment = {**os.environ, **({"OMP_NUM_THREADS": str(threads)} if threads else {})}
     os.sync()
     command = [
         sys.executable,
@@ -79,7 +80,9 @@ def measure(arm: str, base: Path, adapter: Path, out: Path) -> dict[str, float]:
         str(out),
     ]
     started = time.monotonic()
-    done = subprocess.run(command, check=True, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
+    done = subprocess.run(
+        command, env=environment, check=True, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
+    )
     wall_s = time.monotonic() - started
     return {"wall_s": wall_s, **json.loads(done.stdout.splitlines()[-1])}
 
@@ -129,6 +132,7 @@ def main() -> None:
     """Pairs in turns, and how each rounds; the last line is JSON."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--pairs", type=int, default=3)
+    parser.add_argument("--threads", type=int, help="of torch in both (default: its own, one per core)")
     parser.add_argument("--json-out", type=Path)
     parser.add_argument("--arm", nargs=4, help=argparse.SUPPRESS)
     args = parser.parse_args()
@@ -140,16 +144,23 @@ def main() -> None:
     base = make_random_base(cache / "qwen2-0.5b", "qwen2-0.5b")
     adapter = make_random_adapter(cache / f"merge-rank-{RANK}", base, RANK, 0, MODULES)
     runs: dict[str, list[dict[str, float]]] = {arm: [] for arm in ARMS}
-    report: dict[str, Any] = {"benchmark": "merge", **describe_machine(), "rank": RANK, "pairs": args.pairs}
-    report["load_before"] = os.getloadavg()[0]
+    report: dict[str, Any] = {
+        "benchmark": "merge",
+        **describe_machine(),
+        "rank": RANK,
+        "pairs": args.pairs,
+        "threads": args.threads,
+    }
+    report["load_before"] = round(os.getloadavg()[0], 2)
     with tempfile.TemporaryDirectory(dir=cache, prefix="merge-") as folder:
         for number in range(args.pairs):
             for arm in ARMS if number % 2 == 0 else ARMS[::-1]:
                 out = Path(folder) / arm
                 shutil.rmtree(out, ignore_errors=True)
-                runs[arm].append(measure(arm, base, adapter, out))
+                runs[arm].append(measure(arm, base, adapter, out, args.threads))
                 print(number, arm, runs[arm][-1], file=sys.stderr, flush=True)
         shares = {arm: share_rounded_once(base, adapter, Path(folder) / arm) for arm in ARMS}
+    report["load_after"] = round(os.getloadavg()[0], 2)
     report |= summary(runs)
     report["share_rounded_once"] = {arm: round(share, 5) for arm, share in shares.items()}
     largest = largest_tensor_bytes(base)
