@@ -250,3 +250,53 @@ def test_what_is_read_of_an_adapter_is_only_what_is_used(tmp_path: Path) -> None
         assert {piece.tensor for piece in opened.pieces} == {
             f"model.layers.{layer}.self_attn.q_proj.weight" for layer in (0, 1)
         }
+
+
+OTHERS: dict[str, dict[str, Any]] = {
+    "qwen3_moe": {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 24, "head_dim": 16},
+    "gemma2": {"head_dim": 16, "query_pre_attn_scalar": 16},
+    "phi3": {"pad_token_id": 0},
+}
+
+
+@pytest.mark.parametrize("model_type", OTHERS)
+def test_other_architectures_merge_as_well(model_type: str, tmp_path: Path) -> None:
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    torch.manual_seed(0)
+    base = tmp_path / "base"
+    config = AutoConfig.for_model(model_type, **SIZES, **OTHERS[model_type])
+    AutoModelForCausalLM.from_config(config).save_pretrained(base, max_shard_size="100KB")
+    targets = ["embed_tokens", "q_proj", "o_proj", "qkv_proj"]
+    adapter = make_adapter(tmp_path / "adapter", str(base), target_modules=targets)
+    expected = logits(base, adapter)
+    merge(adapter, str(base), tmp_path / "merged")
+    torch.testing.assert_close(logits(tmp_path / "merged"), expected, atol=2e-4, rtol=1e-4)
+
+
+def test_the_decoder_inside_a_vision_language_model_is_found_under_the_names_of_its_files(
+    tmp_path: Path,
+) -> None:
+    from peft import LoraConfig, PeftModel, get_peft_model
+    from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
+
+    torch.manual_seed(0)
+    small = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 2}
+    vision = CLIPVisionConfig(**small, image_size=28, patch_size=14)
+    config = LlavaConfig(text_config=LlamaConfig(**SIZES), vision_config=vision, image_token_index=299)
+    base, kind = tmp_path / "base", LlavaForConditionalGeneration
+    kind(config).save_pretrained(base)
+    settings = LoraConfig(r=4, target_modules=r".*language_model.*(q_proj|down_proj|embed_tokens)")
+    model = get_peft_model(kind.from_pretrained(base), settings)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter += 0.1 * torch.randn_like(parameter)
+    model.save_pretrained(str(tmp_path / "adapter"))
+    merge(tmp_path / "adapter", str(base), tmp_path / "merged")
+    ids = torch.arange(1, 40)[None]
+    with torch.inference_mode():
+        adapted = PeftModel.from_pretrained(kind.from_pretrained(base), str(tmp_path / "adapter"))
+        expected = adapted.eval()(input_ids=ids).logits
+        found = kind.from_pretrained(tmp_path / "merged").eval()(input_ids=ids).logits
+    torch.testing.assert_close(found, expected, atol=2e-4, rtol=1e-4)
