@@ -12,6 +12,7 @@ from typing import Any
 
 from serve.flags import add_allow_flag, at_least
 from serve.keys import Keys
+from serve.scaleout.settings import add_fleet_flags
 from vllm_lora_ext.catalog import KEEP_VERSIONS
 from vllm_lora_ext.chat_override import ChatOverride
 from vllm_lora_ext.errors import BadSetting
@@ -153,6 +154,7 @@ def add_own_flags(parser: argparse.ArgumentParser) -> None:
     )
 
     _add_front_flags(group)
+    add_fleet_flags(parser.add_argument_group("vllm-lora: several replicas"))
 
 
 def _add_front_flags(group: argparse._ActionsContainer) -> None:

@@ -5,10 +5,11 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import errno
+import importlib
 import importlib.util
 import os
 import socket
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from importlib.metadata import entry_points
 from pathlib import Path
@@ -34,6 +35,7 @@ from serve.from_source import must_follow_source
 from serve.plan import flag_of, infer_adapters, infer_compilation, infer_kv_cache, infer_server, plain_command
 from serve.proof_gate import ProofGate
 from serve.ready_watch import ReadyWatch
+from serve.scaleout.settings import wants_fleet
 from serve.screen import screen
 from serve.taking import taking
 from vllm_lora_ext.base_model import BaseModel, read_base_model
@@ -62,13 +64,16 @@ def main(argv: Sequence[str]) -> int:
         BadInput: with exit code 2, before the engine starts.
     """
     require_vllm()
+    if wants_fleet(argv):
+        fleet: Callable[[Sequence[str]], int] = importlib.import_module("serve.scaleout.launch").main
+        return fleet(argv)
     own = read_own_flags(argv)
     find_sources(own.adapters)
     prepare_environment()
     if own.unsafe_skip_compat:
         os.environ[compat.SKIP_VARIABLE] = "1"
     args, defaults = parse_with_vllm(argv)
-    config = read_config(args, _UNSTATED)
+    config = read_config(args, UNSTATED)
     if own.api_keys:
         args.api_key = list(own.api_keys)
     with ExitStack() as held:
@@ -122,7 +127,7 @@ class _Unstated:
         return "not stated"
 
 
-_UNSTATED = _Unstated()
+UNSTATED = _Unstated()
 
 
 def parse_with_vllm(argv: Sequence[str]) -> tuple[argparse.Namespace, dict[str, Any]]:
@@ -145,7 +150,7 @@ def parse_with_vllm(argv: Sequence[str]) -> tuple[argparse.Namespace, dict[str, 
     add_own_flags(parser)
     make_arg_parser(parser)
     marked = (*INFERRED, "model")
-    namespace = argparse.Namespace(**dict.fromkeys(marked, _UNSTATED))
+    namespace = argparse.Namespace(**dict.fromkeys(marked, UNSTATED))
     try:
         args: argparse.Namespace = parser.parse_args(list(argv), namespace=namespace)
     except (OSError, ValueError, AssertionError) as error:
@@ -195,7 +200,7 @@ def apply_plan(
         out.print(f"{flag_of(value)}: {value.reason}")
     values = {item.name: item.value for item in inferred}
     for name, default in defaults.items():
-        if getattr(args, name) is _UNSTATED:
+        if getattr(args, name) is UNSTATED:
             setattr(args, name, values.get(name, default))
     args.model = args.model_tag = base.name
     args.lora_modules = None  # they are served from the catalog

@@ -1,0 +1,65 @@
+"""The three deployments of a fleet, as one application of Ray Serve: gateway, replicas, controller."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from ray import serve
+from ray.serve import Application
+from ray.serve.config import RequestRouterConfig
+from ray.serve.schema import LoggingConfig
+
+from serve.scaleout.controller import Controller
+from serve.scaleout.gateway import Gateway
+from serve.scaleout.replica import Replica
+from serve.scaleout.router import AffinityRouter
+from serve.scaleout.settings import FleetSettings
+
+NAME = "vllm-lora"
+ENGINE = "engine"
+# A replica's own queue answers 429 long before; Ray's would only hold requests where nobody counts them.
+_MOST_ONGOING = 4096
+_QUIET = LoggingConfig(enable_access_log=False)  # the servers log requests; reports come twice a second
+_DRAIN_S = 120.0
+_HEALTH_PERIOD_S, _HEALTH_TIMEOUT_S = 5.0, 30.0
+
+
+def application(settings: FleetSettings) -> Application:
+    """What `serve.run` runs."""
+    small: dict[str, Any] = {
+        "ray_actor_options": {"num_cpus": 0},
+        "max_ongoing_requests": _MOST_ONGOING,
+        "logging_config": _QUIET,
+    }
+    controller = serve.deployment(Controller, name="controller", **small).bind(settings)
+    engine = serve.deployment(Replica, name=ENGINE, **engine_options(settings)).bind(settings, controller)
+    return serve.deployment(Gateway, name="gateway", **small).bind(controller, engine)
+
+
+def engine_options(settings: FleetSettings) -> dict[str, Any]:
+    """Placement, scaling, draining and routing of the replicas, all of it Ray's."""
+    options: dict[str, Any] = {
+        "ray_actor_options": {"num_cpus": settings.cpus, "num_gpus": settings.gpus},
+        "max_ongoing_requests": _MOST_ONGOING,
+        "logging_config": _QUIET,
+        "graceful_shutdown_timeout_s": _DRAIN_S,
+        "graceful_shutdown_wait_loop_s": 0.5,
+        "health_check_period_s": _HEALTH_PERIOD_S,
+        "health_check_timeout_s": _HEALTH_TIMEOUT_S,
+        "request_router_config": RequestRouterConfig(
+            request_router_class=AffinityRouter,
+            request_router_kwargs={
+                "most": settings.most,
+                "calm": max(1, settings.ongoing // 2),
+                "policy": settings.policy,
+            },
+        ),
+    }
+    if not settings.scales:
+        return {**options, "num_replicas": settings.replicas}
+    scaling = {
+        "min_replicas": settings.replicas,
+        "max_replicas": settings.max_replicas,
+        "target_ongoing_requests": settings.ongoing,
+    }
+    return {**options, "autoscaling_config": scaling}

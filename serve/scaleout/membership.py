@@ -1,0 +1,51 @@
+"""Which replicas take part, and how far each is. Pure: time is given.
+
+A replica takes part from its first report, with the revision of the catalog that its server goes by. It
+reports again and again; one that has been silent for `LEASE_S` takes part no more, and by then it answers no
+request either, since a replica that reaches nobody stops after `FENCE_S`. So a change that every member has
+reported holds for every request that is accepted from then on.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+REPORT_EVERY_S = 1.0
+FENCE_S, LEASE_S = 8.0, 12.0
+
+
+@dataclass
+class _Member:
+    revision: int
+    heard_at: float
+
+
+class Membership:
+    """See the module. `started_at`: replicas of before may be at work until a lease after it."""
+
+    def __init__(self, started_at: float) -> None:
+        self._started_at = started_at
+        self._members: dict[str, _Member] = {}
+
+    def report(self, replica: str, revision: int, now: float) -> None:
+        """A replica goes by this revision now."""
+        self._members[replica] = _Member(revision, now)
+
+    def leave(self, replica: str) -> None:
+        """A replica answers no more."""
+        self._members.pop(replica, None)
+
+    def members(self, now: float) -> list[str]:
+        """Those that take part, in order."""
+        for replica, member in list(self._members.items()):
+            if now - member.heard_at > LEASE_S:
+                del self._members[replica]
+        return sorted(self._members)
+
+    def behind(self, revision: int, now: float) -> list[str]:
+        """The members that have not reported this revision yet."""
+        return [replica for replica in self.members(now) if self._members[replica].revision < revision]
+
+    def is_settled(self, now: float) -> bool:
+        """Whether all that are at work have had the time to report."""
+        return now - self._started_at >= LEASE_S

@@ -1,0 +1,86 @@
+"""Ray Serve's request router, deciding by `placement.py`; all else (queues, probes, deaths) is Ray's.
+
+Ray's own multiplexed routing is not used: it bounds nothing but what one replica holds, and unloads models
+by an LRU of its own, where the engine's manager has to be the only owner of what is loaded.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import Counter
+from typing import Any
+
+from ray.serve.request_router import PendingRequest, ReplicaID, RequestRouter, RunningReplica
+
+from serve.scaleout.forwarding import Forwarded
+from serve.scaleout.placement import Placement, Rules, spread
+
+_SWEEP_EVERY_S = 10.0
+
+
+class AffinityRouter(RequestRouter):  # type: ignore[misc]  # Ray may not be installed
+    """One per handle; it knows the requests that it sent itself, and what replicas tell of others'."""
+
+    def initialize_state(
+        self,
+        most: int = 0,
+        calm: int = 8,
+        slack: float = 1.25,
+        cool_s: float = 60.0,
+        policy: str = "affinity",
+    ) -> None:
+        """Called by Ray with `request_router_kwargs`; `policy` may be `random`, to measure against."""
+        self._placement = Placement(Rules(most, slack, calm, cool_s))
+        self._policy = policy
+        self._sent: dict[str, ReplicaID] = {}
+        self._ongoing: Counter[ReplicaID] = Counter()
+        self._swept_at = 0.0
+        self._turn = 0
+
+    async def choose_replicas(
+        self, candidate_replicas: list[RunningReplica], pending_request: PendingRequest | None = None
+    ) -> list[list[RunningReplica]]:
+        """The replicas that a request may go to, one rank each, so that Ray takes the first that has room."""
+        by_name = {replica.replica_id.unique_id: replica for replica in candidate_replicas}
+        if pending_request is not None:
+            pending_request.routing_context.should_backoff = True  # when all of them are full
+        forwarded = _forwarded(pending_request)
+        if forwarded is not None and forwarded.to is not None:
+            return [[by_name[forwarded.to]]] if forwarded.to in by_name else []
+        if forwarded is not None and len(by_name) > 1:
+            by_name.pop(forwarded.avoid or "", None)
+        loads = {name: self._load(replica.replica_id) for name, replica in by_name.items()}
+        ranked = self._ranked(None if forwarded is None else forwarded.version, loads)
+        return [[by_name[name]] for name in ranked]
+
+    def _ranked(self, version: str | None, loads: dict[str, int]) -> tuple[str, ...]:
+        now = time.monotonic()
+        if now - self._swept_at > _SWEEP_EVERY_S:
+            self._swept_at = now
+            self._placement.sweep(now)
+        if self._policy == "random":
+            self._turn += 1  # every replica in turn: what a router does that knows of no adapters
+            return spread(loads, self._turn)
+        return self._placement.route(version, loads, now)
+
+    def _load(self, replica: ReplicaID) -> int:
+        """Ongoing requests: those of this router at once, those of others as Ray learns of them."""
+        return max(self._ongoing[replica], self.replica_queue_len_cache.get(replica) or 0)
+
+    def on_request_routed(self, pending_request: PendingRequest, replica_id: ReplicaID, result: Any) -> None:
+        """Ray tells that a replica has taken a request."""
+        self._sent[pending_request.metadata.internal_request_id] = replica_id
+        self._ongoing[replica_id] += 1
+
+    def on_request_completed(self, replica_id: ReplicaID, internal_request_id: str) -> None:
+        """Ray tells that a request has ended, or was not taken."""
+        if self._sent.pop(internal_request_id, None) is not None:
+            self._ongoing[replica_id] -= 1
+            if self._ongoing[replica_id] <= 0:
+                del self._ongoing[replica_id]
+
+
+def _forwarded(pending: PendingRequest | None) -> Forwarded | None:
+    """The request as the gateway sent it; None where Ray asks for no request in particular."""
+    first = pending.args[0] if pending is not None and pending.args else None
+    return first if isinstance(first, Forwarded) else None
