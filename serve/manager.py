@@ -95,6 +95,7 @@ class Manager:
         self._numbers = itertools.count(1)
         self._timer: asyncio.TimerHandle | None = None
         self._tasks: set[asyncio.Task[None]] = set()
+        self._last_asked: float | None = None
 
     # Leases.
 
@@ -149,9 +150,11 @@ class Manager:
             self._do(self.gate.arrive(model, number, self._clock()))
             await start
             if counts:
+                self._last_asked = self._clock()
                 self._note_use(model)
             yield None if model is None else await self._placed(model)
         finally:
+            self._last_asked = self._clock() if counts else self._last_asked
             if self._starts.pop(number, None) is not None:
                 self._do(self.gate.leave(model, number, self._clock()))
             elif not start.cancelled() and start.exception() is None:
@@ -221,6 +224,14 @@ class Manager:
         """Nothing is asked for, nothing is on its way, and there is room to spare."""
         gate = self.gate
         return not (gate.running or gate.waiting or self._tasks) and gate.has_room_to_spare
+
+    @property
+    def quiet_seconds(self) -> float:
+        """How long no client has asked for anything, from the first look on; 0 while something runs."""
+        now = self._clock()
+        if self._last_asked is None or self.gate.running or self.gate.waiting:
+            self._last_asked = now
+        return now - self._last_asked
 
     async def preload(self, version: ServedVersion) -> bool:
         """Bring a version into memory before anybody asks; False if now is not the time for it.

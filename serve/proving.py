@@ -40,7 +40,8 @@ logger = logging.getLogger("vllm.vllm_lora")
 PENDING, FAILED, UNFINISHED = "proof_pending", "proof_failed", "proof_unfinished"
 _ANSWER_S = 60.0  # for one question, with the wait for its turn
 _LOOK_EVERY_S = 0.5
-_PATIENCE_S = 600.0  # as long it is waited for a rest of a server that has none
+_REST_S = 5.0  # as long nobody asks for anything before a proof that nobody waits for: who measures, asks
+_PATIENCE_S = 3600.0  # as long it is waited for a rest of a server that has none
 _RETRY_S, _MOST_RETRY_S = 60.0, 3600.0  # after the engine could not be asked, longer each time
 _MOST_NAMELESS = 256  # remembered of what was refused, and so has no name in the catalog
 _Reply = TypeVar("_Reply")
@@ -258,11 +259,10 @@ class Prover:
 
     def _is_time(self, due: ServedVersion, busy_since: float) -> bool:
         """Whether somebody waits for this proof; else it is made once nothing is asked, or after long."""
-        gate, named = self._manager.gate, {entry.name: entry for entry in self._catalog.entries()}
-        entry = named.get(due.name)
+        entry = {entry.name: entry for entry in self._catalog.entries()}.get(due.name)
         if self.required and entry is not None and due.version.digest in {entry.live, *entry.traffic}:
             return True
-        return not (gate.running or gate.waiting) or self._clock() - busy_since > _PATIENCE_S
+        return self._manager.quiet_seconds > _REST_S or self._clock() - busy_since > _PATIENCE_S
 
     def _due(self) -> Iterator[ServedVersion]:
         """What is to be proved; what answers to a bare name comes first."""

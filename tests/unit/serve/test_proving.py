@@ -128,6 +128,7 @@ async def until(what: Callable[[], bool]) -> None:
 @pytest.fixture(autouse=True)
 def looks_often(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(proving_module, "_LOOK_EVERY_S", 0.01)
+    monkeypatch.setattr(proving_module, "_REST_S", 0.05)
 
 
 def test_what_is_proven_goes_live_with_its_proof(house: House) -> None:
@@ -303,6 +304,11 @@ def test_where_it_is_not_required_it_waits_until_the_adapter_is_in_memory_and_th
         async with house.shop.manager.turn(version.model):
             await asyncio.sleep(0.1)
             assert house.scorer.asked == [], "something runs"
+        for _ in range(20):  # a client that asks now and then
+            async with house.shop.manager.turn(None):
+                pass
+            await asyncio.sleep(0.01)
+        assert house.scorer.asked == [], "and something ran just now"
         house.shop.manager.release(version.model)
         await until(lambda: admin.list()["data"][0]["proof"] == "proven")
         await until(lambda: house.shop.catalog.proofs(entry.live) != {})
@@ -328,7 +334,7 @@ def test_a_server_without_rest_proves_after_long_and_retries_later_each_time(hou
         async with house.shop.manager.turn(version.model):
             await asyncio.sleep(0.1)
             assert house.scorer.asked == []
-            house.shop.now += 601
+            house.shop.now += 3601
             await until(lambda: len(house.scorer.asked) == 1)
         house.shop.manager.release(version.model)
         await asyncio.sleep(0.1)
