@@ -11,6 +11,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import math
 import time
 from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -20,7 +21,7 @@ from serve.adapter_view import PROOF
 from serve.live import LiveAdapters
 from serve.manager import Manager
 from serve.served import ServedVersion
-from vllm_lora_ext.errors import AdapterRefused, AdapterUnknown, VllmLoraError
+from vllm_lora_ext.errors import AdapterRefused, AdapterUnknown, StoreFailed, VllmLoraError
 from vllm_lora_ext.parity import (
     EFFECT_TEXTS,
     Answer,
@@ -122,6 +123,7 @@ class Prover:
         self._catalog, self.place, self.required, self._clock = live.catalog, place, required, clock
         self._proofs: dict[str, Proof] = {}  # by digest; of what was proved here
         self._unsaved: dict[str, None] = {}  # digests, the oldest first
+        self._save_at = -math.inf
         self._retries: dict[str, tuple[int, float]] = {}  # how many, and when the next
         self._all_done_at = -1  # the catalog's revision at which nothing was left to prove
         self._one_at_a_time = asyncio.Lock()
@@ -228,14 +230,20 @@ class Prover:
             self._retries.pop(old, None)
 
     async def save(self) -> None:
-        """Put into the catalog what was said of versions that have a name."""
-        if not self._unsaved:
+        """Put into the catalog what was said of versions that have a name; later, if the disk is full."""
+        if not self._unsaved or self._catalog.readonly or self._clock() < self._save_at:
             return
         named = {version.digest for entry in self._catalog.entries() for version in entry.versions}
         for digest in [digest for digest in self._unsaved if digest in named]:
-            del self._unsaved[digest]
             record = self.record(digest)
-            await asyncio.to_thread(self._catalog.record_proof, digest, PROOF, record)
+            try:
+                await asyncio.to_thread(self._catalog.record_proof, digest, PROOF, record)
+            except StoreFailed as error:
+                logger.error("%s", error)
+                self._save_at = self._clock() + _RETRY_S
+                return
+            if self.record(digest) == record:
+                self._unsaved.pop(digest, None)
         for digest in self._proofs.keys() - named - self._unsaved.keys():
             del self._proofs[digest]
             self._retries.pop(digest, None)
@@ -267,10 +275,8 @@ class Prover:
     def _due(self) -> Iterator[ServedVersion]:
         """What is to be proved; what answers to a bare name comes first."""
         for name, version in self._in_question() if self.required else self._in_memory():
-            known, (_, retry_at) = (
-                self._proofs.get(version.digest),
-                self._retries.get(version.digest, (0, 0.0)),
-            )
+            known = self._proofs.get(version.digest)
+            _, retry_at = self._retries.get(version.digest, (0, 0.0))
             if known is None or (not known.is_final and self._clock() >= retry_at):
                 try:
                     yield self._live.served(name, version)

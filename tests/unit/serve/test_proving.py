@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 import json
 import threading
 from collections.abc import Callable, Coroutine, Sequence
@@ -19,7 +20,7 @@ from serve.proving import Place, Prover
 from tests.unit.serve.front_side import RULES, FakeEngine, Shop, nothing_is_held, spin
 from vllm_lora_ext.chat_override import ChatOverride
 from vllm_lora_ext.contract import Identity
-from vllm_lora_ext.errors import AdapterRefused
+from vllm_lora_ext.errors import AdapterRefused, StoreFailed
 from vllm_lora_ext.inbox import Condition, Inbox
 from vllm_lora_ext.parity import Answer, CannotScore
 from vllm_lora_ext.records import Version
@@ -209,6 +210,24 @@ def test_trouble_of_the_engine_is_no_crash_and_is_told(house: House, trouble: Ex
         assert "could not be asked" in finding.rule
         house.scorer.trouble = None
         assert (await house.publish(admin, "a", 16))["proof"] == "proven"
+
+    house.run(work)
+
+
+def test_a_full_disk_keeps_no_version_from_going_live_and_the_proof_is_kept_later(
+    house: House, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: object) -> None:
+        raise StoreFailed("catalog.json", OSError(errno.ENOSPC, "full"))
+
+    async def work(admin: Admin, prover: Prover) -> None:
+        with monkeypatch.context() as patch:
+            patch.setattr(house.shop.catalog, "record_proof", full)
+            view = await house.publish(admin, "a", 16)
+            assert view["proof"] == "proven" and house.shop.catalog.proofs(view["digest"]) == {}
+        house.shop.now += 61
+        await prover.save()
+        assert house.shop.catalog.proofs(view["digest"])["parity"]["verdict"] == "proven"
 
     house.run(work)
 
