@@ -221,7 +221,8 @@ class Prover:
 
     def _note(self, digest: str, proof: Proof) -> None:
         self._proofs[digest] = proof
-        self._unsaved[digest] = None
+        if not self._catalog.readonly:
+            self._unsaved[digest] = None
         count, _ = self._retries.pop(digest, (0, 0.0))
         if not proof.is_final:
             self._retries[digest] = count + 1, self._clock() + min(_RETRY_S * 2**count, _MOST_RETRY_S)
@@ -231,7 +232,7 @@ class Prover:
 
     async def save(self) -> None:
         """Put into the catalog what was said of versions that have a name; later, if the disk is full."""
-        if not self._unsaved or self._catalog.readonly or self._clock() < self._save_at:
+        if not self._unsaved or self._clock() < self._save_at:
             return
         named = {version.digest for entry in self._catalog.entries() for version in entry.versions}
         for digest in [digest for digest in self._unsaved if digest in named]:
