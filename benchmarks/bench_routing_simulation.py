@@ -264,7 +264,7 @@ def worlds(requests: int) -> dict[str, World]:
         "zipf 1.0, popularity shifts every 60 s": World(
             requests=requests, warm_up=warm_up, shift_every_s=60.0
         ),
-        "zipf 1.4 (one adapter has 32 %)": World(requests=requests, warm_up=warm_up, zipf=1.4),
+        "zipf 1.4 (one adapter has a third)": World(requests=requests, warm_up=warm_up, zipf=1.4),
     }
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 from ray import serve
@@ -31,8 +32,10 @@ def application(settings: FleetSettings) -> Application:
         "max_ongoing_requests": _MOST_ONGOING,
         "logging_config": _QUIET,
     }
-    controller = serve.deployment(Controller, name="controller", **small).bind(settings)
-    engine = serve.deployment(Replica, name=ENGINE, **engine_options(settings)).bind(settings, controller)
+    # Without the numbers of replicas: so they can change while none that runs starts anew.
+    lasting = replace(settings, replicas=0, max_replicas=0, ray_address=None)
+    controller = serve.deployment(Controller, name="controller", **small).bind(lasting)
+    engine = serve.deployment(Replica, name=ENGINE, **engine_options(settings)).bind(lasting, controller)
     return serve.deployment(Gateway, name="gateway", **small).bind(controller, engine)
 
 

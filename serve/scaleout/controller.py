@@ -42,6 +42,7 @@ from vllm_lora_ext.spec import EngineLimits
 
 logger = logging.getLogger("ray.serve")
 
+UPLOADS = "uploads"  # in the state folder: archives on their way from a gateway to the controller
 _ACKNOWLEDGED_WITHIN_S = 30.0
 _LOOK_EVERY_S = 0.02
 _COLLECT_EVERY_S = 30.0
@@ -118,6 +119,7 @@ class Controller:
                 flags += [f"--{name.replace('_', '-')}", str(values[name])]
         state_dir, front = self._catalog.state_dir, front_settings(args)
         self._plan = Plan(tuple(flags), state_dir, tuple(inbox.rules.base_names), front)
+        clear_uploads(state_dir)
         self._membership = Membership(time.monotonic())
         self._changes = asyncio.Lock()
         self._collected = (-1, 0.0)
@@ -252,9 +254,6 @@ async def answered(work: Callable[[], Awaitable[Any]]) -> Answer:
         return Answer(failure.status, body, dict(failure.headers))
 
 
-def clear_uploads(state_dir: Path) -> Path:
-    """The folder of archives that are on their way to the controller, empty."""
-    folder = state_dir / "uploads"
-    shutil.rmtree(folder, ignore_errors=True)
-    folder.mkdir(parents=True)
-    return folder
+def clear_uploads(state_dir: Path) -> None:
+    """Remove the archives that were on their way to a controller which has ended."""
+    shutil.rmtree(state_dir / UPLOADS, ignore_errors=True)

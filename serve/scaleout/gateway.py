@@ -28,7 +28,7 @@ from serve.incoming import read_body
 from serve.openai_errors import ApiError
 from serve.routes import RouteKind, Routes
 from serve.scaleout.changes import Change, change_of
-from serve.scaleout.controller import Answer, Plan, Status
+from serve.scaleout.controller import UPLOADS, Answer, Plan, Status
 from serve.scaleout.followed import FollowedCatalog
 from serve.scaleout.forwarding import Forwarded, Head, Lost, error_event, lost_error, passed_on
 from serve.scaleout.merging import merged_adapter, merged_adapters, merged_metrics
@@ -56,8 +56,6 @@ class Gateway:
         plan: Plan = await controller.plan.remote()
         self._plan, self._routes = plan, Routes(plan.front.allow_route)
         self._catalog = FollowedCatalog(plan.state_dir)
-        self._uploads = plan.state_dir / "uploads"
-        self._uploads.mkdir(parents=True, exist_ok=True)
         self._status: Status = await controller.status.remote()
         self._looking = asyncio.create_task(self._look())
 
@@ -220,7 +218,9 @@ class Gateway:
         replaces = request.query_params.get("replace", "false") in ("true", "1")
         stated = request.headers.get("X-Chat-Settings")
         chat = read_body(stated.encode("latin-1")) if stated else {}
-        folder = Path(tempfile.mkdtemp(dir=self._uploads))
+        uploads = self._plan.state_dir / UPLOADS
+        uploads.mkdir(exist_ok=True)
+        folder = Path(tempfile.mkdtemp(dir=uploads))
         try:
             archive = folder / "adapter.tar"
             with archive.open("wb") as file:

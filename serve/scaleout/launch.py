@@ -68,11 +68,11 @@ def stop(settings: FleetSettings) -> None:
 
     from serve.scaleout.application import NAME
 
-    if settings.ray_address is None:
-        serve.shutdown()
-    else:
-        serve.delete(NAME)
-    ray.shutdown()
+    if ray.is_initialized():
+        serve.delete(NAME)  # waits for requests that run, with the proxy still there
+        if settings.ray_address is None:
+            serve.shutdown()
+        ray.shutdown()
 
 
 def _local(settings: FleetSettings) -> dict[str, Any]:
