@@ -17,11 +17,19 @@ from safetensors.torch import load_file, save_file
 from tests.conftest import ROOT
 from tests.train.peft_zoo import CORDA, KINDS, RANK, Kind, load, make_adapter, make_bases
 from tests.train.support_table import Found, rows_of, table_in, write_table
+from tests.train.test_export import files_of_at_most
 from train.conversion.reduction import EXACT, Limits, TooFar
 from train.convert import Conversion, convert, main
 from vllm_lora_ext.base_model import read_base_model
 from vllm_lora_ext.contract import read_chat_settings, read_provenance, stated_digests
-from vllm_lora_ext.errors import AdapterRefused, BadInput, BadSetting, OutputExists, VllmLoraError
+from vllm_lora_ext.errors import (
+    AdapterRefused,
+    BadInput,
+    BadSetting,
+    OutputExists,
+    TrainingFailed,
+    VllmLoraError,
+)
 from vllm_lora_ext.inspection import Rules, inspect_adapter, inspect_values
 
 DOCUMENT = ROOT / "docs" / "adapter-support.md"
@@ -337,6 +345,15 @@ def make_bases_of(folder: Path, width: int) -> str:
 
     Qwen2ForCausalLM(Qwen2Config(**{**SIZES, "hidden_size": width})).save_pretrained(folder)
     return str(folder)
+
+
+def test_what_cannot_be_written_leaves_nothing(bases: dict[str, str], tmp_path: Path) -> None:
+    base, output = bases["qwen2"], tmp_path / "out"
+    adapter = make_adapter(LORA, base, tmp_path / "adapter")
+    with files_of_at_most(20_000), pytest.raises(TrainingFailed, match="nothing half-written is left"):
+        convert(adapter, output, base)
+    assert not output.exists()
+    assert not [path for path in tmp_path.iterdir() if path.name.startswith(".")]
 
 
 def test_a_conversion_that_is_wrong_is_not_written(
