@@ -1,7 +1,7 @@
 # The commands that people and CI use; each sets the project up first (once).
 PYTHON_BIN := .venv/bin/python
 
-.PHONY: setup demo test test-stock test-gpu exactness history fuzz fuzz-parsers bench bench-client bench-engine bench-live bench-training unit unit-ext unit-rest check check-symbols format clean
+.PHONY: setup demo test test-stock test-gpu test-scaleout exactness history fuzz fuzz-parsers bench bench-client bench-engine bench-live bench-training unit unit-ext unit-rest check check-symbols format clean
 
 setup: ## make .venv and install what this machine needs; a second run does nothing
 	@deploy/setup.sh
@@ -17,6 +17,10 @@ test-stock: setup ## the failures of plain vLLM, shown on plain vLLM and mended 
 
 test-gpu: setup ## what must hold on a GPU; skipped with the reason where there is none
 	$(PYTHON_BIN) -m pytest tests/gpu
+
+test-scaleout: setup ## a fleet of two real replicas on Ray Serve; installs the extra `ray`; five minutes
+	$(PYTHON_BIN) -m pip install --quiet -e '.[ray]'
+	$(PYTHON_BIN) -m pytest --timeout 900 -s tests/scaleout
 
 exactness: setup ## 2,000 comparisons in each dtype: no row feels its neighbours' adapters
 	EXACTNESS_COMPARISONS=2000 $(PYTHON_BIN) -m pytest --timeout 3600 -rP tests/engine/test_exactness.py

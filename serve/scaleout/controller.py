@@ -11,6 +11,7 @@ import asyncio
 import logging
 import shutil
 import tempfile
+import threading
 import time
 from collections.abc import Awaitable, Callable, Mapping
 from contextlib import ExitStack
@@ -25,7 +26,7 @@ from serve.config import FrontSettings, ServeConfig, front_settings, read_config
 from serve.fleet import agreed_base_model
 from serve.openai_errors import ApiError
 from serve.plan import infer_adapters, infer_server
-from serve.scaleout.membership import Membership
+from serve.scaleout.membership import BEAT_FILE, REPORT_EVERY_S, Membership
 from serve.scaleout.settings import FleetSettings, without
 from serve.taking import taking
 from vllm_lora_ext.archive import Unpacker
@@ -120,9 +121,21 @@ class Controller:
         state_dir, front = self._catalog.state_dir, front_settings(args)
         self._plan = Plan(tuple(flags), state_dir, tuple(inbox.rules.base_names), front)
         clear_uploads(state_dir)
+        self._beat_file = state_dir / BEAT_FILE
         self._membership = Membership(time.monotonic())
         self._changes = asyncio.Lock()
         self._collected = (-1, 0.0)
+        threading.Thread(target=self._keep_beating, name="controller-beat", daemon=True).start()
+
+    def _keep_beating(self) -> None:
+        """Show that this controller is there, until it ends, whatever else it is at."""
+        while True:
+            try:
+                self._beat_file.touch()
+                self._tidy()
+            except Exception:  # a full disk, say: then replicas may think that nobody is there
+                logger.exception("The controller cannot show that it is there, or not tidy")
+            time.sleep(REPORT_EVERY_S)
 
     async def plan(self) -> Plan:
         """What replicas and gateways start with."""
@@ -138,18 +151,17 @@ class Controller:
 
     async def status(self) -> Status:
         """What gateways look at about once a second."""
-        await self._tidy()
         members = tuple(self._membership.members(time.monotonic()))
         return Status(members, self._catalog.revision, dict(self._folders.pending()))
 
-    async def _tidy(self) -> None:
+    def _tidy(self) -> None:
         """Remove from the store what no name needs, once no replica goes by a name that did."""
         revision, at = self._catalog.revision, time.monotonic()
         if revision == self._collected[0] or at - self._collected[1] < _COLLECT_EVERY_S:
             return
         if self._membership.is_settled(at) and not self._membership.behind(revision, at):
             self._collected = revision, at
-            await asyncio.to_thread(self._catalog.collect)
+            self._catalog.collect()
 
     # Changes.
 

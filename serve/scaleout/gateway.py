@@ -43,6 +43,7 @@ _LOOK_EVERY_S = 0.5
 _MAX_BODY_BYTES = 64 << 20
 _FROM_ALL_WITHIN_S = 30.0
 REPLICA_HEADER = "X-Replica"
+_KEPT_BY_ONE = "/v1/responses/"  # and its name follows
 _PROXYS_OWN = ("date", "server", "x-request-id")  # which Ray's proxy says itself
 
 
@@ -94,6 +95,8 @@ class Gateway:
             return PlainTextResponse(merged_metrics(texts), media_type="text/plain; version=0.0.4")
         if kind is RouteKind.ADMIN_READ:
             return await self._adapters(path, request)
+        if path.startswith(_KEPT_BY_ONE):
+            return await self._first_that_knows(request)
         return await self._forward(await self._forwarded(request, kind))
 
     # Requests for models, and all else that any replica can answer.
@@ -184,6 +187,16 @@ class Gateway:
             pieces.close()
         return (head, body) if isinstance(head, Head) and isinstance(body, bytes) else None
 
+    async def _first_that_knows(self, request: Request) -> Response:
+        """The answer of the one replica that keeps a response; else what the others say of it."""
+        answers = sorted((await self._from_all(request)).values(), key=lambda answer: answer[0].status)
+        if not answers:
+            raise ApiError(503, "No replica answers.", "starting", "server_error")
+        head, body = answers[0]
+        response = Response(body, status_code=head.status)
+        _put_headers(response, head)
+        return response
+
     async def _adapters(self, path: str, request: Request) -> Response:
         answers = list((await self._from_all(request)).values())
         bodies = [json.loads(body) for head, body in answers if head.status == 200]
@@ -230,12 +243,6 @@ class Gateway:
             return answer
         finally:
             shutil.rmtree(folder, ignore_errors=True)
-
-    async def __del__(self) -> None:
-        """Called by Ray at the end."""
-        if hasattr(self, "_looking"):
-            self._looking.cancel()
-            self._catalog.close()
 
 
 class _Pieces:

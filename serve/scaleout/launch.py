@@ -10,10 +10,12 @@ import threading
 from collections.abc import Sequence
 from typing import Any
 
-from serve.launch import check_port
+from serve.config import read_own_flags
+from serve.launch import check_port, parse_with_vllm, prepare_environment
 from serve.scaleout.settings import FleetSettings, read_fleet_settings
 from serve.screen import screen
-from vllm_lora_ext.errors import MissingPackage
+from vllm_lora_ext.errors import MissingPackage, ServerFailed
+from vllm_lora_ext.sources import find_sources
 
 DEFAULT_PORT = 8000
 _OBJECT_STORE_BYTES = 256 << 20  # no request is that large, and none is kept
@@ -30,7 +32,10 @@ def main(argv: Sequence[str]) -> int:
         raise MissingPackage("ray", "is not installed, and --replicas needs it", fix)
     settings = read_fleet_settings(argv)
     host, port = address_of(settings)
-    if settings.ray_address is None:
+    if settings.ray_address is None:  # else the cluster's machines matter, not this one
+        find_sources(read_own_flags(settings.serve).adapters)
+        prepare_environment()
+        parse_with_vllm(settings.serve)  # what it refuses is told now, once, and not by a replica
         check_port(host, port, by_file=False)
     stopped = threading.Event()
     try:
@@ -58,7 +63,11 @@ def start(settings: FleetSettings, host: str, port: int) -> None:
     if not ray.is_initialized():
         ray.init(address=settings.ray_address, **({} if settings.ray_address else _local(settings)))
     serve.start(http_options=HTTPOptions(host=host, port=port))
-    serve.run(application(settings), name=NAME, route_prefix="/", blocking=False)
+    try:
+        serve.run(application(settings), name=NAME, route_prefix="/", blocking=False)
+    except RuntimeError as error:
+        fix = "The reason stands in the log above."
+        raise ServerFailed("the fleet", "could not be started", fix) from error
 
 
 def stop(settings: FleetSettings) -> None:

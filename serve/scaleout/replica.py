@@ -23,8 +23,9 @@ import httpx2
 from ray import serve
 
 from serve.process import ServerProcess
+from serve.scaleout.coalescing import coalesced
 from serve.scaleout.forwarding import Forwarded, Head, Lost, passed_on
-from serve.scaleout.membership import FENCE_S, REPORT_EVERY_S
+from serve.scaleout.membership import BEAT_FILE, REPORT_EVERY_S, Fence
 from serve.scaleout.settings import FleetSettings
 
 if TYPE_CHECKING:
@@ -63,10 +64,12 @@ class Replica:
             trust_env=False,
         )
         self._client.headers.clear()  # what the client of the fleet did not say is not said for it
+        self._fence, self._beat_file = Fence(time.monotonic()), plan.state_dir / BEAT_FILE
         self._reported_at = 0.0
         self._gone = ""
         await self._report(self._revision())
-        self._tasks = [asyncio.create_task(self._keep_reporting()), asyncio.create_task(self._watch_child())]
+        works = (self._keep_reporting(), self._keep_looking(), self._watch_child())
+        self._tasks = [asyncio.create_task(work) for work in works]
 
     async def forward(self, request: Forwarded) -> AsyncIterator[_Piece]:
         """The answer of this replica's server: its head, its body as it comes, `Lost` if it breaks off."""
@@ -78,7 +81,7 @@ class Replica:
                 request.method, request.target, headers=list(request.headers), content=request.body
             ) as answer:
                 yield Head(answer.status_code, passed_on(answer.headers.raw), self.name)
-                async for piece in answer.aiter_raw():
+                async for piece in coalesced(answer.aiter_raw()):
                     yield piece
         except httpx2.HTTPError as error:
             yield Lost(self.name, f"{type(error).__name__} from its server")
@@ -86,8 +89,8 @@ class Replica:
     def _why_not(self) -> str:
         if self._gone:
             return self._gone
-        silent = time.monotonic() - self._reported_at
-        return f"it has not reached its controller for {silent:.0f} s" if silent > FENCE_S else ""
+        silent = self._fence.silent_s(time.monotonic())
+        return f"it has not reached its controller for {silent:.0f} s" if silent else ""
 
     async def check_health(self) -> None:
         """Called by Ray every now and then. Raises RuntimeError when Ray should start another replica."""
@@ -104,6 +107,12 @@ class Replica:
         began = time.monotonic()  # the controller counts from when it hears of it, which is later
         await self._controller.report.remote(self.name, revision)
         self._reported_at = began
+        self._fence.reported(began)
+
+    async def _keep_looking(self) -> None:
+        while True:
+            self._fence.looked(await asyncio.to_thread(_beat_of, self._beat_file), time.monotonic())
+            await asyncio.sleep(REPORT_EVERY_S / 2)
 
     async def _keep_reporting(self) -> None:
         reported = -1
@@ -148,6 +157,13 @@ class Replica:
             with contextlib.suppress(Exception):
                 await asyncio.wait_for(self._controller.leave.remote(self.name), 2.0)
             await asyncio.to_thread(self._child.stop)
+
+
+def _beat_of(file: Path) -> int | None:
+    try:
+        return file.stat().st_mtime_ns
+    except OSError:
+        return None
 
 
 def _has_ended(pid: int) -> bool:

@@ -10,6 +10,10 @@ from serve.flags import at_least
 from vllm_lora_ext.errors import BadSetting
 
 REPLICAS_FLAG = "--replicas"
+_NOT_WITH_REPLICAS = {  # and what to do instead
+    "--uds": "Use --host and --port.",
+    "--catalog-from-source": "Leave it out: one controller follows the folders for all replicas.",
+}
 
 
 @dataclass(frozen=True)
@@ -83,8 +87,9 @@ def read_fleet_settings(argv: Sequence[str]) -> FleetSettings:
     most = flags.max_replicas or replicas
     if most < replicas:
         raise BadSetting(f"--max-replicas {most}", f"is below --replicas {replicas}", "Raise it.")
-    if any(word.split("=")[0] == "--uds" for word in rest):
-        raise BadSetting("--uds", "does not go with --replicas", "Use --host and --port.")
+    for word in rest:
+        if (flag := word.partition("=")[0].replace("_", "-")) in _NOT_WITH_REPLICAS:
+            raise BadSetting(flag, "does not go with --replicas", _NOT_WITH_REPLICAS[flag])
     return FleetSettings(
         tuple(rest),
         replicas,

@@ -5,7 +5,7 @@ from __future__ import annotations
 from hypothesis import given
 from hypothesis import strategies as st
 
-from serve.scaleout.membership import FENCE_S, LEASE_S, REPORT_EVERY_S, Membership
+from serve.scaleout.membership import FENCE_S, LEASE_S, REPORT_EVERY_S, Fence, Membership
 
 
 def test_a_change_holds_once_every_member_goes_by_it() -> None:
@@ -38,6 +38,36 @@ def test_a_controller_that_starts_anew_waits_for_those_of_before() -> None:
 def test_a_replica_stops_before_it_counts_no_more() -> None:
     """Its clock starts before the report is sent, the controller's when it is heard."""
     assert REPORT_EVERY_S < FENCE_S < LEASE_S
+
+
+def test_a_replica_that_does_not_reach_a_controller_that_is_there_stops() -> None:
+    fence, beats = Fence(0.0), iter(range(1000))
+    for second in range(9):
+        fence.looked(next(beats), float(second))
+    assert fence.silent_s(8.0) == 0.0
+    assert fence.silent_s(8.5) == 8.5
+    fence.reported(7.0)
+    assert fence.silent_s(8.5) == 0.0
+    fence.reported(3.0)  # an answer that overtook another
+    assert fence.silent_s(8.5) == 0.0
+
+
+def test_without_a_controller_replicas_go_on_and_with_a_new_one_they_have_to_reach_it() -> None:
+    fence = Fence(0.0)
+    for second in range(100):
+        fence.looked(7, float(second))
+    assert fence.silent_s(100.0) == 0.0
+    for second in range(100, 120):
+        fence.looked(second, float(second))
+    assert fence.silent_s(106.0) == 0.0
+    assert fence.silent_s(108.0) > 0
+
+
+def test_a_state_folder_that_cannot_be_read_is_no_sign_that_nobody_is_there() -> None:
+    fence = Fence(0.0)
+    for second in range(20):
+        fence.looked(None, float(second))
+    assert fence.silent_s(20.0) == 20.0
 
 
 @given(st.lists(st.tuples(st.sampled_from("abcd"), st.integers(0, 5), st.floats(0, 3)), max_size=40))
