@@ -46,7 +46,7 @@ from serve.vllm_engine import (
 )
 from vllm_lora_ext.base_model import read_base_model
 from vllm_lora_ext.catalog import Catalog
-from vllm_lora_ext.errors import BadBaseModel, BadSetting, ServerFailed
+from vllm_lora_ext.errors import AdapterRefused, BadBaseModel, BadSetting, ServerFailed
 from vllm_lora_ext.inbox import Inbox
 from vllm_lora_ext.inspection import Rules
 from vllm_lora_ext.spec import EngineLimits
@@ -111,8 +111,8 @@ class AdapterEndpoint:
         """Check the engine, put the parts together, and load the first adapters; called once it is up.
 
         Raises:
-            ServerFailed: with --strict, when an adapter cannot be loaded or, with --require-proof, is not
-                proven; with several API servers.
+            ServerFailed: with --strict, when an adapter cannot be loaded; with several API servers.
+            AdapterRefused: with --strict and --require-proof, when one is not proven.
         """
         if engine_client is None:
             return
@@ -203,7 +203,7 @@ class AdapterEndpoint:
             await asyncio.sleep(_LOOK_EVERY_S)
         refused = prover.refused() if strict else []
         if refused:
-            raise ServerFailed("; ".join(refused), "with --strict nothing is served", "Start without it.")
+            raise AdapterRefused(", ".join(finding.item for finding in refused), refused)
 
     async def _load_first(self, args: Namespace, slots: int) -> None:
         """What fits the slots is loaded before anybody asks; with --strict everything has to load once."""

@@ -179,11 +179,11 @@ class Prover:
                 await self.prove(self._live.served(entry.name, entry.live_version))
         await self.save()
 
-    def refused(self) -> list[str]:
+    def refused(self) -> list[Finding]:
         """Why live versions, and folders that would replace them, are not served for want of a proof."""
         found = [self.missing(entry.name, entry.live_version) for entry in self._catalog.entries()]
         found += [item for record in self._catalog.folders().values() for item in record.findings]
-        return [str(finding) for finding in found if finding is not None]
+        return [finding for finding in found if finding is not None]
 
     async def prove(self, version: ServedVersion, again: bool = False) -> Proof:
         """What replaying says, unless it was said before; `again` for what was not proven then."""
