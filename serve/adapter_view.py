@@ -14,6 +14,7 @@ from vllm_lora_ext.publishing import judge_published
 from vllm_lora_ext.records import Entry, Version
 from vllm_lora_ext.spec import Finding, Severity, printable
 
+FAILED, PROOF_FAILED = "failed", "proof_failed"  # a proof's verdict; the finding where one is required
 PROOF = "parity"  # the kind of proof in the catalog that is shown by itself, see vllm_lora_ext/parity.py
 Proofs = Callable[[str], Mapping[str, Any]]  # digest -> what was proved of that version, empty if nothing
 
@@ -115,6 +116,15 @@ def adapter_detail(
 def kept_proofs(catalog: Catalog) -> Proofs:
     """What was proved of versions wherever they were served last."""
     return lambda digest: catalog.proofs(digest).get(PROOF) or {}
+
+
+def judged_badly(catalog: Catalog) -> tuple[int, int]:
+    """How many folders hold an adapter that is refused, and how many adapters failed their proof."""
+    refused = [record.findings for record in catalog.folders().values() if record.findings]
+    kept = kept_proofs(catalog)
+    failed = sum(kept(entry.live).get("verdict") == FAILED for entry in catalog.entries())
+    failed += sum(any(finding.code == PROOF_FAILED for finding in findings) for findings in refused)
+    return len(refused), failed
 
 
 def finding_data(finding: Finding) -> dict[str, str]:

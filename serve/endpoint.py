@@ -19,6 +19,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from serve.adapter_view import judged_badly
 from serve.admin import Admin, Folders, NoFolders
 from serve.admin_routes import attach_routes
 from serve.config import FrontSettings, front_settings, source_of
@@ -216,7 +217,7 @@ class AdapterEndpoint:
 
     async def _look(self) -> None:
         """Now and then: what left the catalog leaves memory and store, and the gauges are set."""
-        catalog, collected = self._live.catalog, -1
+        catalog, collected, judged = self._live.catalog, -1, -1
         for number in itertools.count():
             await asyncio.sleep(_LOOK_EVERY_S)
             try:
@@ -224,6 +225,9 @@ class AdapterEndpoint:
                 if catalog is not None and number % _LOOKS_PER_COLLECT == 0 and collected != catalog.revision:
                     collected = catalog.revision
                     await asyncio.to_thread(catalog.collect)
+                if catalog is not None and judged != catalog.revision:
+                    judged = catalog.revision
+                    self.desk.metrics.judged(*judged_badly(catalog))
                 gate, (slots, cached) = self._manager.gate, self._manager.memory()
                 stored = len(catalog.names()) if catalog is not None else 0
                 self.desk.metrics.adapters(slots, cached - slots, max(0, stored - cached))

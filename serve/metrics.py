@@ -72,6 +72,8 @@ class Metrics:
         self._refusals = counter("refusals_total", "Requests refused before they were accepted.", "reason")
         adapters = gauge("adapters", "Adapters, each counted where it is closest to the engine.", "state")
         self._adapters = {state: adapters.labels(state) for state in ("slot", "cached", "stored")}
+        self._refused = gauge("adapters_refused", "Folders whose adapter is refused; its name may be served.")
+        self._proof_failed = gauge("adapters_proof_failed", "Adapters that fail their proof on this engine.")
         self._running = gauge("requests_running", "Requests in the engine.")
         self._waiting = gauge("requests_waiting", "Accepted requests that are not in the engine yet.")
 
@@ -122,6 +124,11 @@ class Metrics:
         """So many adapters are in a slot, in memory without one, and in the store only."""
         for state, number in (("slot", slot), ("cached", cached), ("stored", stored)):
             self._adapters[state].set(number)
+
+    def judged(self, refused: int, proof_failed: int) -> None:
+        """So many folders hold an adapter that is refused, and so many adapters failed their proof."""
+        self._refused.set(refused)
+        self._proof_failed.set(proof_failed)
 
     def requests(self, running: int, waiting: int) -> None:
         """So many requests are in the engine, and wait in front of it."""

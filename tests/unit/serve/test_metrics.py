@@ -108,7 +108,7 @@ def test_threads_share_the_labels(registry: CollectorRegistry) -> None:
 def test_every_name_has_our_prefix_and_says_what_it_is(registry: CollectorRegistry) -> None:
     Metrics(registry=registry)
     metrics = list(registry.collect())
-    assert len(metrics) == 13
+    assert len(metrics) == 15
     assert all(metric.name.startswith("vllm_lora_") and metric.documentation for metric in metrics)
 
 
