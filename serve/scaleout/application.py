@@ -22,7 +22,7 @@ ENGINE = "engine"
 _MOST_ONGOING = 4096
 _QUIET = LoggingConfig(enable_access_log=False)  # the servers log requests; reports come twice a second
 _DRAIN_S = 120.0
-_HEALTH_PERIOD_S, _HEALTH_TIMEOUT_S = 5.0, 30.0
+_HEALTH_PERIOD_S, _HEALTH_TIMEOUT_S = 1.0, 30.0  # by the first Ray notices the end of an actor
 
 
 def application(settings: FleetSettings) -> Application:

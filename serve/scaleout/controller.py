@@ -8,6 +8,7 @@ everything on the disk, and waits a lease before its first answer, until all rep
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import shutil
 import tempfile
@@ -32,7 +33,7 @@ from serve.taking import taking
 from vllm_lora_ext.archive import Unpacker
 from vllm_lora_ext.base_model import read_base_model
 from vllm_lora_ext.chat_override import ChatOverride
-from vllm_lora_ext.errors import AdapterRefused, VllmLoraError
+from vllm_lora_ext.errors import AdapterRefused, StoreFailed, VllmLoraError
 from vllm_lora_ext.inbox import version_of
 from vllm_lora_ext.inspection import Rules
 from vllm_lora_ext.intake import admit
@@ -44,6 +45,7 @@ from vllm_lora_ext.spec import EngineLimits
 logger = logging.getLogger("ray.serve")
 
 UPLOADS = "uploads"  # in the state folder: archives on their way from a gateway to the controller
+_UPLOAD_S = 3600.0  # no upload takes as long
 _ACKNOWLEDGED_WITHIN_S = 30.0
 _LOOK_EVERY_S = 0.02
 _COLLECT_EVERY_S = 30.0
@@ -66,9 +68,13 @@ class Plan:
 
 @dataclass(frozen=True)
 class Status:
-    """Who takes part, and which names are on their way, with the reason."""
+    """Who takes part, and which names are on their way, with the reason.
+
+    A controller that `is_settled` knows of all; before, those who take part may have to report yet.
+    """
 
     members: tuple[str, ...]
+    is_settled: bool
     revision: int
     pending: Mapping[str, str]
 
@@ -151,8 +157,9 @@ class Controller:
 
     async def status(self) -> Status:
         """What gateways look at about once a second."""
-        members = tuple(self._membership.members(time.monotonic()))
-        return Status(members, self._catalog.revision, dict(self._folders.pending()))
+        now = time.monotonic()
+        members, is_settled = tuple(self._membership.members(now)), self._membership.is_settled(now)
+        return Status(members, is_settled, self._catalog.revision, dict(self._folders.pending()))
 
     def _tidy(self) -> None:
         """Remove from the store what no name needs, once no replica goes by a name that did."""
@@ -173,7 +180,10 @@ class Controller:
                 raise AdapterRefused(ascii_shown(name), findings)
             self._catalog.incoming.mkdir(parents=True, exist_ok=True)
             with tempfile.TemporaryDirectory(dir=self._catalog.incoming) as folder:
-                _unpack(archive, Path(folder))
+                try:
+                    _unpack(archive, Path(folder))
+                except OSError as error:
+                    raise StoreFailed(name, error) from error
                 return self._publish(
                     AdapterSource(name, folder), replaces, ChatOverride.from_json(dict(chat))
                 )
@@ -267,5 +277,9 @@ async def answered(work: Callable[[], Awaitable[Any]]) -> Answer:
 
 
 def clear_uploads(state_dir: Path) -> None:
-    """Remove the archives that were on their way to a controller which has ended."""
-    shutil.rmtree(state_dir / UPLOADS, ignore_errors=True)
+    """Remove the archives of gateways that have ended; one that is on its way to this controller stays."""
+    uploads = state_dir / UPLOADS
+    for folder in uploads.iterdir() if uploads.is_dir() else ():
+        with contextlib.suppress(OSError):
+            if time.time() - folder.stat().st_mtime > _UPLOAD_S:
+                shutil.rmtree(folder, ignore_errors=True)

@@ -13,9 +13,9 @@ import contextlib
 import contextvars
 import json
 import logging
-import shutil
 import tempfile
-from collections.abc import AsyncIterator, Awaitable, Mapping
+from collections.abc import Awaitable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -24,15 +24,17 @@ from ray.serve.exceptions import RayServeException
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, PlainTextResponse, Response, StreamingResponse
 
+from serve.admin_routes import api_error
 from serve.incoming import read_body
 from serve.openai_errors import ApiError
 from serve.routes import RouteKind, Routes
 from serve.scaleout.changes import Change, change_of
 from serve.scaleout.controller import UPLOADS, Answer, Plan, Status
 from serve.scaleout.followed import FollowedCatalog
-from serve.scaleout.forwarding import Forwarded, Head, Lost, error_event, lost_error, passed_on
+from serve.scaleout.forwarding import Forwarded, Head, Lost, lost_error, passed_on
 from serve.scaleout.merging import merged_adapter, merged_adapters, merged_metrics
-from vllm_lora_ext.errors import VllmLoraError
+from serve.scaleout.pieces import Pieces, put_headers, stream_of
+from vllm_lora_ext.errors import StoreFailed, VllmLoraError
 
 if TYPE_CHECKING:
     from ray.serve.handle import DeploymentHandle
@@ -42,9 +44,7 @@ logger = logging.getLogger("ray.serve")
 _LOOK_EVERY_S = 0.5
 _MAX_BODY_BYTES = 64 << 20
 _FROM_ALL_WITHIN_S = 30.0
-REPLICA_HEADER = "X-Replica"
 _KEPT_BY_ONE = "/v1/responses/"  # and its name follows
-_PROXYS_OWN = ("date", "server", "x-request-id")  # which Ray's proxy says itself
 
 
 class Gateway:
@@ -64,7 +64,9 @@ class Gateway:
         while True:
             await asyncio.sleep(_LOOK_EVERY_S)
             with contextlib.suppress(RayError, RayServeException, TimeoutError):
-                self._status = await asyncio.wait_for(self._controller.status.remote(), 5.0)
+                told: Status = await asyncio.wait_for(self._controller.status.remote(), 5.0)
+                known = self._status.members if not told.is_settled else ()
+                self._status = replace(told, members=tuple(sorted({*told.members, *known})))
 
     async def __call__(self, request: Request) -> Response:
         """One request."""
@@ -141,7 +143,7 @@ class Gateway:
 
     async def _attempt(self, forwarded: Forwarded) -> Response | Lost:
         """One replica's answer: a stream once its first event is there, all else once it is whole."""
-        pieces = _Pieces(self._engine.forward.remote(forwarded))
+        pieces = Pieces(self._engine.forward.remote(forwarded))
         try:
             head = await pieces.next()
             if not isinstance(head, Head):
@@ -150,14 +152,14 @@ class Gateway:
             if isinstance(first, Lost):
                 return first
             if head.is_stream and first is not None:
-                response: Response = StreamingResponse(_stream(first, pieces), status_code=head.status)
-                pieces = _Pieces(None)  # it is the stream's now
+                response: Response = StreamingResponse(stream_of(first, pieces), status_code=head.status)
+                pieces = Pieces(None)  # it is the stream's now
             else:
                 body = await pieces.rest(first or b"")
                 if isinstance(body, Lost):
                     return body
                 response = Response(body, status_code=head.status)
-            _put_headers(response, head)
+            put_headers(response, head)
             return response
         finally:
             pieces.close()
@@ -176,7 +178,7 @@ class Gateway:
         return {head.replica: (head, body) for head, body in filter(None, await asyncio.gather(*tasks))}
 
     async def _from_one(self, method: str, target: str, headers: Any, name: str) -> tuple[Head, bytes] | None:
-        pieces = _Pieces(self._engine.forward.remote(Forwarded(method, target, headers, b"", to=name)))
+        pieces = Pieces(self._engine.forward.remote(Forwarded(method, target, headers, b"", to=name)))
         try:
             async with asyncio.timeout(_FROM_ALL_WITHIN_S):
                 head = await pieces.next()
@@ -194,7 +196,7 @@ class Gateway:
             raise ApiError(503, "No replica answers.", "starting", "server_error")
         head, body = answers[0]
         response = Response(body, status_code=head.status)
-        _put_headers(response, head)
+        put_headers(response, head)
         return response
 
     async def _adapters(self, path: str, request: Request) -> Response:
@@ -210,10 +212,15 @@ class Gateway:
     # Changes.
 
     async def _change(self, change: Change, request: Request) -> Response:
-        if change.verb == "publish":
-            return _answered(await self._publish(change.name, request))
         body = await _json(request) if change.verb in ("rollback", "traffic") else {}
-        return _answered(await self._changed(change, body))
+        try:
+            if change.verb == "publish":
+                return _answered(await self._publish(change.name, request))
+            return _answered(await self._changed(change, body))
+        except (RayError, RayServeException) as error:
+            logger.exception("A change got no answer")
+            message = "The controller has ended meanwhile, so it is not known what became of the change."
+            raise ApiError(503, message, "controller_lost", "server_error") from error
 
     async def _changed(self, change: Change, body: Mapping[str, Any]) -> Answer:
         work: Awaitable[Answer]
@@ -232,77 +239,17 @@ class Gateway:
         stated = request.headers.get("X-Chat-Settings")
         chat = read_body(stated.encode("latin-1")) if stated else {}
         uploads = self._plan.state_dir / UPLOADS
-        uploads.mkdir(exist_ok=True)
-        folder = Path(tempfile.mkdtemp(dir=uploads))
         try:
-            archive = folder / "adapter.tar"
-            with archive.open("wb") as file:
-                async for piece in request.stream():
-                    await asyncio.to_thread(file.write, piece)
-            answer: Answer = await self._controller.publish.remote(name, archive, replaces, chat)
-            return answer
-        finally:
-            shutil.rmtree(folder, ignore_errors=True)
-
-
-class _Pieces:
-    """The pieces of one answer as they come; whatever ends them early is a `Lost`."""
-
-    def __init__(self, generator: Any) -> None:
-        self._generator, self._ended = generator, generator is None
-
-    async def next(self) -> Head | Lost | bytes | None:
-        """The next piece; None at the end."""
-        try:
-            piece: Head | Lost | bytes = await anext(self._generator)
-            return piece
-        except StopAsyncIteration:
-            self._ended = True
-            return None
-        except (RayError, RayServeException) as error:
-            self._ended = True
-            return Lost("", type(error).__name__)
-
-    async def rest(self, first: bytes | Head | Lost) -> bytes | Lost:
-        """All that follows, in one piece."""
-        pieces = [first]
-        while (piece := await self.next()) is not None:
-            if isinstance(piece, Lost):
-                return piece
-            pieces.append(piece)
-        return b"".join(piece for piece in pieces if isinstance(piece, bytes))
-
-    def close(self) -> None:
-        """Nobody wants the rest."""
-        if not self._ended:
-            self._generator.cancel()
-
-
-async def _stream(first: Head | bytes, pieces: _Pieces) -> AsyncIterator[bytes]:
-    try:
-        piece: Head | Lost | bytes | None = first
-        while piece is not None:
-            if isinstance(piece, Lost):
-                logger.warning("A stream has lost its replica: %s", piece.why)
-                yield error_event(piece.why)
-                return
-            if isinstance(piece, bytes):
-                yield piece
-            piece = await pieces.next()
-    finally:
-        pieces.close()
-
-
-def _put_headers(response: Response, head: Head) -> None:
-    stated = [
-        (name.encode("latin-1"), value.encode("latin-1"))
-        for name, value in head.headers
-        if name not in _PROXYS_OWN
-    ]
-    names = {name for name, _ in stated}
-    kept = [pair for pair in response.raw_headers if pair[0] not in names]
-    replica = (REPLICA_HEADER.lower().encode(), head.replica.encode())
-    response.raw_headers = [*kept, *stated, replica]
+            uploads.mkdir(exist_ok=True)
+            with tempfile.TemporaryDirectory(dir=uploads) as folder:
+                archive = Path(folder) / "adapter.tar"
+                with archive.open("wb") as file:
+                    async for piece in request.stream():
+                        await asyncio.to_thread(file.write, piece)
+                answer: Answer = await self._controller.publish.remote(name, archive, replaces, chat)
+                return answer
+        except OSError as error:
+            raise api_error(StoreFailed(name, error)) from error
 
 
 def _target(request: Request) -> str:

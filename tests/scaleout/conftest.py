@@ -69,7 +69,8 @@ class Fleet:
 
     def scale(self, replicas: int) -> None:
         """Say anew how many replicas there should be, as a second `serve --ray-address auto` would."""
-        command = (sys.executable, "-P", "-m", "tests.scaleout.scale", str(replicas), *self.arguments)
+        script = str(ROOT / "tests" / "scaleout" / "scale.py")
+        command = (sys.executable, "-P", script, str(replicas), *self.arguments)
         subprocess.run(command, check=True, env={**os.environ, **ENVIRONMENT}, timeout=120, cwd=ROOT)
 
     def client(self) -> httpx2.Client:
