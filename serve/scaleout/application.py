@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import Any
 
 from ray import serve
@@ -22,6 +21,7 @@ ENGINE = "engine"
 _MOST_ONGOING = 4096
 _QUIET = LoggingConfig(enable_access_log=False)  # the servers log requests; reports come twice a second
 _DRAIN_S = 120.0
+_SCALE_OUT_AFTER_S = 10.0
 _HEALTH_PERIOD_S, _HEALTH_TIMEOUT_S = 1.0, 30.0  # by the first Ray notices the end of an actor
 
 
@@ -32,10 +32,8 @@ def application(settings: FleetSettings) -> Application:
         "max_ongoing_requests": _MOST_ONGOING,
         "logging_config": _QUIET,
     }
-    # Without the numbers of replicas: so they can change while none that runs starts anew.
-    lasting = replace(settings, replicas=0, max_replicas=0, ray_address=None)
-    controller = serve.deployment(Controller, name="controller", **small).bind(lasting)
-    engine = serve.deployment(Replica, name=ENGINE, **engine_options(settings)).bind(lasting, controller)
+    controller = serve.deployment(Controller, name="controller", **small).bind(settings)
+    engine = serve.deployment(Replica, name=ENGINE, **engine_options(settings)).bind(settings, controller)
     return serve.deployment(Gateway, name="gateway", **small).bind(controller, engine)
 
 
@@ -64,5 +62,7 @@ def engine_options(settings: FleetSettings) -> dict[str, Any]:
         "min_replicas": settings.replicas,
         "max_replicas": settings.max_replicas,
         "target_ongoing_requests": settings.ongoing,
+        "upscale_delay_s": _SCALE_OUT_AFTER_S,
+        "downscale_delay_s": settings.scale_in_after_s,
     }
     return {**options, "autoscaling_config": scaling}

@@ -91,7 +91,6 @@ def _local(settings: FleetSettings) -> dict[str, Any]:
         "num_cpus": cpus,
         "include_dashboard": False,
         "object_store_memory": _OBJECT_STORE_BYTES,
-        "_node_ip_address": "127.0.0.1",
         "log_to_driver": True,
     }
 

@@ -13,7 +13,7 @@ from typing import Any
 from ray.serve.request_router import PendingRequest, ReplicaID, RequestRouter, RunningReplica
 
 from serve.scaleout.forwarding import Forwarded
-from serve.scaleout.placement import Placement, Rules, spread
+from serve.scaleout.placement import Placement, Rules
 
 _SWEEP_EVERY_S = 10.0
 
@@ -29,13 +29,12 @@ class AffinityRouter(RequestRouter):  # type: ignore[misc]  # Ray may not be ins
         cool_s: float = 60.0,
         policy: str = "affinity",
     ) -> None:
-        """Called by Ray with `request_router_kwargs`; `policy` may be `random`, to measure against."""
+        """Called by Ray with `request_router_kwargs`; with `spread` all go to the least loaded."""
         self._placement = Placement(Rules(most, slack, calm, cool_s))
         self._policy = policy
         self._sent: dict[str, ReplicaID] = {}
         self._ongoing: Counter[ReplicaID] = Counter()
         self._swept_at = 0.0
-        self._turn = 0
 
     async def choose_replicas(
         self, candidate_replicas: list[RunningReplica], pending_request: PendingRequest | None = None
@@ -58,10 +57,7 @@ class AffinityRouter(RequestRouter):  # type: ignore[misc]  # Ray may not be ins
         if now - self._swept_at > _SWEEP_EVERY_S:
             self._swept_at = now
             self._placement.sweep(now)
-        if self._policy == "random":
-            self._turn += 1  # every replica in turn: what a router does that knows of no adapters
-            return spread(loads, self._turn)
-        return self._placement.route(version, loads, now)
+        return self._placement.route(None if self._policy == "spread" else version, loads, now)
 
     def _load(self, replica: ReplicaID) -> int:
         """Ongoing requests: those of this router at once, those of others as Ray learns of them."""

@@ -31,6 +31,7 @@ class FleetSettings:
     ongoing: int
     cpus: float
     gpus: float
+    scale_in_after_s: float
     policy: str = "affinity"
     start_timeout_s: float = 900.0
 
@@ -69,9 +70,16 @@ def add_fleet_flags(parser: argparse._ActionsContainer) -> None:
         help="requests that a replica runs side by side without harm: the aim of scaling, and from half of "
         "it on a version may spread; default: 16",
     )
+    parser.add_argument(
+        "--scale-in-after",
+        type=float,
+        default=600.0,
+        metavar="S",
+        help="seconds of less load before a replica leaves; default: 600",
+    )
     parser.add_argument("--cpus-per-replica", type=float, default=1.0, metavar="N")
     parser.add_argument("--gpus-per-replica", type=float, default=0.0, metavar="N")
-    parser.add_argument("--routing", choices=("affinity", "random"), default="affinity")
+    parser.add_argument("--routing", choices=("affinity", "spread"), default="affinity")
 
 
 def read_fleet_settings(argv: Sequence[str]) -> FleetSettings:
@@ -99,6 +107,7 @@ def read_fleet_settings(argv: Sequence[str]) -> FleetSettings:
         flags.ongoing_per_replica,
         flags.cpus_per_replica,
         flags.gpus_per_replica,
+        flags.scale_in_after,
         flags.routing,
     )
 

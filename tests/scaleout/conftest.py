@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 import time
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,7 +15,7 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from serve.process import ServerProcess
-from tests.conftest import ROOT, adapter_for
+from tests.conftest import adapter_for
 
 pytest.importorskip("ray", reason="Ray is not installed: pip install 'vllm-lora[ray]'")
 pytest.importorskip("vllm", reason="vLLM is not installed: real-engine tests need Linux and an extra")
@@ -48,7 +46,6 @@ class Fleet:
     """A running fleet; `state_dir` tells its processes from those of others."""
 
     server: ServerProcess
-    arguments: tuple[str, ...]
     adapters: Path
     state_dir: Path
 
@@ -67,12 +64,6 @@ class Fleet:
                 found.append(Child(process.pid, process.info["ppid"], f"http://127.0.0.1:{port}"))
         return found
 
-    def scale(self, replicas: int) -> None:
-        """Say anew how many replicas there should be, as a second `serve --ray-address auto` would."""
-        script = str(ROOT / "tests" / "scaleout" / "scale.py")
-        command = (sys.executable, "-P", script, str(replicas), *self.arguments)
-        subprocess.run(command, check=True, env={**os.environ, **ENVIRONMENT}, timeout=120, cwd=ROOT)
-
     def client(self) -> httpx2.Client:
         """An HTTP client of it."""
         return httpx2.Client(base_url=self.url, timeout=60.0, trust_env=False)
@@ -88,31 +79,36 @@ def make_adapter(folder: Path, base: Path, seed: int) -> Path:
     return folder
 
 
-@pytest.fixture(scope="session")
-def fleet(tiny_base: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Fleet]:
-    folder = tmp_path_factory.mktemp("fleet")
+@contextmanager
+def running_fleet(base: Path, folder: Path, *flags: str) -> Iterator[Fleet]:
+    """A fleet with `ADAPTERS` adapters, from the command line; gone afterwards, with all its processes."""
     adapters, state_dir = folder / "adapters", folder / "state"
     for number in range(ADAPTERS):
-        make_adapter(adapters / f"a{number:02}", tiny_base, number)
+        make_adapter(adapters / f"a{number:02}", base, number)
     arguments = [
-        *(str(tiny_base), "--adapters", str(adapters), "--state-dir", str(state_dir), "--replicas", "2"),
+        *(str(base), "--adapters", str(adapters), "--state-dir", str(state_dir), *flags),
         *("--max-model-len", "512", "--enforce-eager", "--max-loras", "4", "--max-cpu-loras", str(CACHED)),
     ]
     with ServerProcess(arguments, folder / "fleet.log", ENVIRONMENT, START_S, cwd=folder) as running:
-        fleet = Fleet(running, (*arguments, "--port", str(running.port)), adapters, state_dir)
-        _wait_for_two(fleet)
+        fleet = Fleet(running, adapters, state_dir)
         yield fleet
     assert not running.forced, "a process stayed until it was killed"
     assert not fleet.children()
 
 
-def _wait_for_two(fleet: Fleet) -> None:
-    """The first replica makes a fleet ready; the tests need both."""
+@pytest.fixture(scope="module")
+def fleet(tiny_base: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Fleet]:
+    with running_fleet(tiny_base, tmp_path_factory.mktemp("fleet"), "--replicas", "2") as fleet:
+        wait_for(fleet, 2)
+        yield fleet
+
+
+def wait_for(fleet: Fleet, replicas: int) -> None:
+    """Until so many replicas answer: a fleet is ready with the first."""
     with fleet.client() as client:
         deadline = time.monotonic() + START_S
         while time.monotonic() < deadline:
-            page = client.get("/metrics").text
-            if page.count("vllm_lora_adapter_load_seconds_count{") >= 2:
+            if client.get("/metrics").text.count("vllm_lora_adapter_load_seconds_count{") == replicas:
                 return
             time.sleep(0.5)
-    raise AssertionError("the second replica did not come")
+    raise AssertionError(f"there are not {replicas} replicas")

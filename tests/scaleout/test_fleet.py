@@ -280,29 +280,3 @@ def test_without_its_controller_the_fleet_goes_on_and_the_next_one_takes_changes
     for child in fleet.children():
         with httpx2.Client(base_url=child.url, trust_env=False) as client:
             assert client.get("/v1/models/later").json()["version"] == published["version"]
-
-
-def test_streams_end_whole_when_the_fleet_scales_in(fleet: Fleet) -> None:
-    with fleet.client() as client:
-        place = {name: ask(client, name).headers["X-Replica"] for name in NAMES}
-    streams = [next(name for name in NAMES if place[name] == replica) for replica in set(place.values())]
-    begun, outcomes = threading.Semaphore(0), list[str]()
-
-    def stream(name: str) -> None:
-        with fleet.client() as client:
-            outcomes.append(streamed(client, name, 480, begun.release))
-
-    assert len(streams) == 2
-    with ThreadPoolExecutor(2) as pool:
-        for name in streams:
-            pool.submit(stream, name)
-        begun.acquire()
-        begun.acquire()
-        fleet.scale(1)
-    assert outcomes == ["whole", "whole"]
-    deadline = time.monotonic() + 60
-    while len(fleet.children()) > 1:
-        assert time.monotonic() < deadline
-        time.sleep(0.1)
-    with fleet.client() as client:
-        assert {ask(client, name).headers["X-Replica"] for name in NAMES} < set(place.values())

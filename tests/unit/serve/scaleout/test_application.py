@@ -31,11 +31,6 @@ def test_a_fleet_is_a_gateway_replicas_and_one_controller() -> None:
     assert deployments["engine"].num_replicas == 2
 
 
-def test_what_runs_is_told_nothing_of_the_numbers_so_that_they_can_change() -> None:
-    few, many = (built(application(replace(SETTINGS, replicas=n, max_replicas=9)))["engine"] for n in (2, 5))
-    assert few.init_args[0] == many.init_args[0]
-
-
 def test_ray_scales_by_ongoing_requests_and_waits_for_them() -> None:
     options = engine_options(replace(SETTINGS, max_replicas=5))
     scaling = options["autoscaling_config"]
