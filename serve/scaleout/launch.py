@@ -60,6 +60,8 @@ def start(settings: FleetSettings, host: str, port: int) -> None:
     from serve.scaleout.application import NAME, application
 
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    # On a machine that is nearly full it would end Serve's own actors, which hold next to nothing.
+    os.environ.setdefault("RAY_memory_monitor_refresh_ms", "0")
     if not ray.is_initialized():
         ray.init(address=settings.ray_address, **({} if settings.ray_address else _local(settings)))
     serve.start(http_options=HTTPOptions(host=host, port=port))

@@ -15,17 +15,18 @@ from tests.scaleout.test_fleet import NAMES, ask, streamed
 def test_a_fleet_grows_with_its_load_and_shrinks_without_cutting_a_stream(
     tiny_base: Path, tmp_path: Path
 ) -> None:
-    flags = ("--replicas", "1", "--max-replicas", "2", "--ongoing-per-replica", "3", "--scale-in-after", "10")
-    with running_fleet(tiny_base, tmp_path, *flags) as fleet, ThreadPoolExecutor(8) as pool:
+    flags = ("--replicas", "1", "--max-replicas", "2", "--ongoing-per-replica", "1", "--scale-in-after", "10")
+    with running_fleet(tiny_base, tmp_path, *flags) as fleet, ThreadPoolExecutor(4) as pool:
         wait_for(fleet, 1)
         much, some, outcomes = threading.Event(), threading.Event(), list[str]()
 
         def work(number: int) -> None:
             with fleet.client() as client:
-                while not (some if number < 2 else much).is_set():
-                    outcomes.append(streamed(client, NAMES[(number + len(outcomes)) % len(NAMES)], 200))
+                while not (some if number < 1 else much).is_set():
+                    outcomes.append(streamed(client, NAMES[(number + len(outcomes)) % len(NAMES)], 100))
+                    time.sleep(0.3)  # the new replica's start needs a processor as well
 
-        working = [pool.submit(work, number) for number in range(8)]
+        working = [pool.submit(work, number) for number in range(4)]
         try:
             began = time.monotonic()
             wait_for(fleet, 2)
