@@ -1,4 +1,4 @@
-"""Pieces that have come meanwhile go on as one: Ray takes a millisecond to pass one on, whatever its size."""
+"""Pieces that have come meanwhile go on as one: what a piece costs in Ray does not depend on its size."""
 
 from __future__ import annotations
 

@@ -15,34 +15,38 @@ from tests.scaleout.test_fleet import NAMES, ask, streamed
 def test_a_fleet_grows_with_its_load_and_shrinks_without_cutting_a_stream(
     tiny_base: Path, tmp_path: Path
 ) -> None:
-    flags = ("--replicas", "1", "--max-replicas", "2", "--ongoing-per-replica", "1", "--scale-in-after", "10")
-    with running_fleet(tiny_base, tmp_path, *flags) as fleet, ThreadPoolExecutor(4) as pool:
+    flags = ("--replicas", "1", "--max-replicas", "2", "--ongoing-per-replica", "2", "--scale-in-after", "75")
+    outcomes, much, some = list[str](), threading.Event(), threading.Event()
+    with running_fleet(tiny_base, tmp_path, *flags) as fleet, ThreadPoolExecutor(5) as pool:
+
+        def work(name: str, until: threading.Event) -> None:
+            with fleet.client() as client:
+                while not until.is_set():
+                    outcomes.append(streamed(client, name, 100))
+                    time.sleep(0.3)
+
         wait_for(fleet, 1)
-        much, some, outcomes = threading.Event(), threading.Event(), list[str]()
-
-        def work(number: int) -> None:
-            with fleet.client() as client:
-                while not (some if number < 1 else much).is_set():
-                    outcomes.append(streamed(client, NAMES[(number + len(outcomes)) % len(NAMES)], 100))
-                    time.sleep(0.3)  # the new replica's start needs a processor as well
-
-        working = [pool.submit(work, number) for number in range(4)]
+        began = time.monotonic()
+        working = [pool.submit(work, name, much) for name in NAMES[:5]]
         try:
-            began = time.monotonic()
-            wait_for(fleet, 2)
-            grew_after = time.monotonic() - began
-            with fleet.client() as client:
-                assert len({ask(client, name).headers["X-Replica"] for name in NAMES}) == 2
-            much.set()
-            began = time.monotonic()
-            while len(fleet.children()) > 1:
-                assert time.monotonic() < began + 120, "nothing leaves"
+            while len(fleet.children()) < 2:
+                assert time.monotonic() < began + 120, "nothing comes"
                 time.sleep(0.2)
-            shrank_after = time.monotonic() - began
+            grew_after = time.monotonic() - began
+            much.set()  # the new replica's start needs the processors
+            wait_for(fleet, 2)
+            with fleet.client() as client:
+                place = {name: ask(client, name).headers["X-Replica"] for name in NAMES}
+            assert len(set(place.values())) == 2
+            names = [next(n for n in NAMES if place[n] == replica) for replica in set(place.values())]
+            working += [pool.submit(work, name, some) for name in names]
+            while len(fleet.children()) > 1:
+                assert time.monotonic() < began + 300, "nothing leaves"
+                time.sleep(0.2)
         finally:
             much.set()
             some.set()
         for one in working:
             one.result()
-    print(f"two replicas after {grew_after:.0f} s, one after {shrank_after:.0f} s:", Counter(outcomes))
+    print(f"a second replica was started after {grew_after:.0f} s of load; streams:", Counter(outcomes))
     assert set(outcomes) == {"whole"}
