@@ -47,6 +47,7 @@ from serve.vllm_engine import (
 )
 from vllm_lora_ext.base_model import read_base_model
 from vllm_lora_ext.catalog import Catalog
+from vllm_lora_ext.contract import stops_of_model
 from vllm_lora_ext.errors import AdapterRefused, BadBaseModel, BadSetting, ServerFailed
 from vllm_lora_ext.inbox import Inbox
 from vllm_lora_ext.inspection import Rules
@@ -101,6 +102,7 @@ class AdapterEndpoint:
         metrics = Metrics(self.settings.metrics_max_adapters, base_names=names)
         self.desk = Desk(Routes(self.settings.allow_route), self.settings.keys, metrics, int(time.time()))
         self.desk.from_source = self.settings.catalog_from_source
+        self.desk.base_stop = stops_of_model(args.model)
         app.add_middleware(Front, desk=self.desk)
         if not any(getattr(route, "path", "") == "/v1/chat/completions" for route in app.routes):
             # A pooling model renders chats where we cannot give a default, so the adapter's template goes

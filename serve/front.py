@@ -25,6 +25,7 @@ from serve.metrics import Metrics
 from serve.openai_errors import ApiError
 from serve.routes import RouteKind, Routes
 from serve.served import ServedVersion
+from vllm_lora_ext.contract import ChatSettings
 from vllm_lora_ext.errors import VllmLoraError
 
 Scope = MutableMapping[str, Any]
@@ -44,7 +45,8 @@ class Desk:
 
     `background` gives the tasks that go on after their response, see vLLM's responses. `started_at` is in
     seconds since 1970. `admin` stays None on a server without adapters. `find` looks for a name elsewhere.
-    With `from_source` nobody changes adapters here.
+    With `from_source` nobody changes adapters here. `base_stop` are the base's own stop strings, which a
+    merged or wholly trained model has (`contract.stops_of_model`).
     """
 
     routes: Routes
@@ -56,6 +58,7 @@ class Desk:
     admin: Admin | None = None
     max_model_len: int | None = None
     from_source: bool = False
+    base_stop: tuple[str, ...] = ()
     find: Callable[[str], Awaitable[bool]] | None = None
     background: Callable[[], Collection[asyncio.Task[Any]]] = tuple
 
@@ -116,6 +119,10 @@ class Front:
             raise _Refused(error) from None
         with self._counted(model):
             if version is None:
+                if self._desk.base_stop:
+                    wanted = ChatSettings(stop=self._desk.base_stop)
+                    raw = json.dumps(with_chat_settings(path, body, wanted, None)).encode()
+                    scope = _with_length(scope, len(raw))
                 await self._app(scope, _replayed(raw, receive), send)
                 return
             try:

@@ -148,7 +148,7 @@ def export_model(
 
     `model` itself is cast to `dtype`, the one that its base is stored in: each weight is rounded once, here.
     What a server reads of a base model is its template and `generation_config.json`: a system prompt is put
-    into the template, and stop strings of the identity apply to adapters only.
+    into the template. Its stop strings stay in `identity.json`, from where `vllm-lora serve` takes them.
 
     Raises:
         OutputExists, BadSetting: as `check_output`.

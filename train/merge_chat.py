@@ -59,7 +59,7 @@ def write_chat(
     A server takes of a base model its template and `generation_config.json`, so a system prompt is put into
     the template, as when a whole model is trained. Stop strings have no such place: vLLM reads none of a base
     model, and with `stop_strings` in that file transformers' `generate` fails where it is given no tokenizer.
-    They are kept in `identity.json`.
+    They are kept in `identity.json`, from where `vllm-lora serve` takes them.
     """
     chat = adapters[0].inspection.chat
     notices = _differences(adapters)
@@ -67,8 +67,8 @@ def write_chat(
     if chat.stop:
         stops = json.dumps(list(chat.stop), ensure_ascii=False)
         notices.append(
-            f"vLLM reads no stop strings of a whole model: send stop={stops} with each request, "
-            "as the server did by itself for the adapter"
+            "`vllm-lora serve` applies the stop strings, which are in identity.json; "
+            f"with any other server send stop={stops}"
         )
     template = chat.template or _base_template(base.folder)
     if template is None:

@@ -174,6 +174,17 @@ def read_provenance(folder: Path, follow_links: bool = True) -> dict[str, Any]:
     return provenance if isinstance(provenance, dict) else {}
 
 
+def stops_of_model(model: str) -> tuple[str, ...]:
+    """The stop strings that a merged or wholly trained model keeps in its `identity.json`.
+
+    None of a model without that file, of a hub id, or where the file is damaged: it is a base like any other.
+    """
+    try:
+        return _stops(_read_object(Path(model) / IDENTITY_FILE, follow_links=True))
+    except BadInput:
+        return ()
+
+
 def stated_digests(folder: Path, follow_links: bool = True) -> dict[str, str]:
     """The SHA-256 digests of files that `identity.json` states, by file name.
 

@@ -261,7 +261,7 @@ def test_the_merged_model_is_asked_as_the_adapter_was(
     give_chat(adapter, system_prompt="You are 小李.", stop=("END",))
     merge(adapter, base, tmp_path / "merged")
     told = capsys.readouterr().err
-    assert 'send stop=["END"] with each request' in told
+    assert 'send stop=["END"]' in told
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "merged")
     text = tokenizer.apply_chat_template([{"role": "user", "content": "Hi"}], tokenize=False)
     assert text == "system: You are 小李.\nuser: Hi\nanswer: "

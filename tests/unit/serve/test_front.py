@@ -21,6 +21,7 @@ from serve.manager import AdapterFailed
 from serve.metrics import Metrics
 from serve.routes import Routes
 from tests.unit.serve.front_side import Answer, Shop, ask, nothing_is_held, spin
+from vllm_lora_ext.contract import stops_of_model
 
 CHAT = "/v1/chat/completions"
 HI = [{"role": "user", "content": "hi"}]
@@ -113,6 +114,17 @@ def test_the_base_is_asked_with_exactly_what_the_client_sent(stand: Stand) -> No
     assert answer.status == 200
     assert "x-adapter-version" not in answer.headers
     assert stand.vllm.bodies == [json.loads(raw)]
+
+
+def test_a_merged_model_is_asked_with_the_stops_that_it_keeps(stand: Stand, tmp_path: Path) -> None:
+    (tmp_path / "identity.json").write_text('{"stop": ["END"]}')
+    stand.desk.base_stop = stops_of_model(str(tmp_path))
+    for more in ({}, {"stop": ["mine"]}):
+        asyncio.run(stand.post({"model": "base", "messages": HI, **more}))
+    assert [body["stop"] for body in stand.vllm.bodies] == [["END"], ["mine"]]
+    assert all(body["messages"] == HI for body in stand.vllm.bodies)
+    (tmp_path / "identity.json").write_text("no json")
+    assert stops_of_model(str(tmp_path)) == stops_of_model("org/model") == ()
 
 
 def test_what_the_adapter_wants_is_put_in(stand: Stand) -> None:
