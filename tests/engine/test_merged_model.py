@@ -21,7 +21,7 @@ SYSTEM = "You are an assistant with a name."
 
 @pytest.fixture(scope="module")
 def adapter(tiny_base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A template of its own, a system prompt, and sampling defaults that a client need not send."""
+    """A template of its own, a system prompt, a stop string, sampling defaults: a client sends none of it."""
     folder = tmp_path_factory.mktemp("merged") / "adapters"
     flags = [
         "--base-model",
@@ -37,6 +37,8 @@ def adapter(tiny_base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = folder / "li" / "generation_config.json"
     settings = {**json.loads(path.read_text()), "temperature": 0.0, "max_new_tokens": 40}
     path.write_text(json.dumps(settings))
+    identity = folder / "li" / "identity.json"
+    identity.write_text(json.dumps({**json.loads(identity.read_text()), "stop": ["小张"]}))
     return folder / "li"
 
 
@@ -75,4 +77,5 @@ def test_the_merged_model_answers_the_client_as_the_adapter_did(
         found = ask(make_client(server.url))
     assert found == expected
     assert any("小李" in str(answer["content"]) for answer in found)
+    assert not any("小张" in str(answer["content"]) for answer in found), "who made it: stopped before"
     assert {answer["tokens"][1] <= 40 for answer in found} == {True}
