@@ -116,6 +116,12 @@ def _block_diagonal() -> Any:
     return _lora(use_bdlora=both)()
 
 
+def _kasa() -> Any:
+    from peft.tuners.lora.config import KasaConfig
+
+    return _lora(kasa_config=KasaConfig())()
+
+
 KINDS = (
     Kind("LoRA", _lora(), "exact", "r", needs_base=False),
     Kind(
@@ -206,3 +212,4 @@ KINDS = (
     ),
 )
 CORDA = Kind("LoRA, CorDA, with --initial-adapter", _corda_config, "exact", "2r", before=_corda)
+KASA = Kind("LoRA, KaSA", _kasa, "closest")

@@ -15,7 +15,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from tests.conftest import ROOT
-from tests.train.peft_zoo import CORDA, KINDS, RANK, Kind, load, make_adapter, make_bases
+from tests.train.peft_zoo import CORDA, KASA, KINDS, RANK, Kind, load, make_adapter, make_bases
 from tests.train.support_table import Found, rows_of, table_in, write_table
 from tests.train.test_export import files_of_at_most
 from train.conversion.reduction import EXACT, Limits, TooFar
@@ -247,6 +247,21 @@ def test_dora_keeps_its_magnitude_or_is_refused(bases: dict[str, str], tmp_path:
     wanted = logits_of(base, adapter)
     ours, theirs = (float((logits_of(base, one) - wanted).abs().max()) for one in (output, without))
     assert ours < theirs
+
+
+@pytest.mark.parametrize("name", ["qwen2", "llama"])
+def test_kasa_takes_twice_its_rank_up_to_its_own_rounding(
+    name: str, bases: dict[str, str], tmp_path: Path
+) -> None:
+    """It takes the r smallest singular values out of the base, in float32, and adds r: almost rank 2r."""
+    base = bases[name]
+    adapter = make_adapter(KASA, base, tmp_path / "adapter")
+    done = convert(adapter, tmp_path / "out", base, Limits(16, 2e-3))
+    assert max(one.rank for one in done.modules) == 16
+    assert 0 < max(one.error for one in done.modules) <= 2e-3
+    effect = float((logits_of(base, adapter) - logits_of(base, None)).abs().max())
+    difference = logits_of(base, adapter) - logits_of(base, tmp_path / "out")
+    assert float(difference.abs().max()) <= 1e-3 * effect
 
 
 def test_a_lower_rank_is_the_best_there_is(bases: dict[str, str], tmp_path: Path) -> None:
