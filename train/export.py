@@ -213,7 +213,7 @@ def _write_chat(
         known |= {**sampled, **extras.sampling}
     path.write_text(json.dumps(known, indent=2) + "\n", encoding="utf-8")
     extras.write(staging)
-    digests = {name: _sha256(staging / name) for name in digested}
+    digests = {name: sha256_of(staging / name) for name in digested}
     write_contract(staging, dataclasses.replace(identity, files=digests))
 
 
@@ -230,6 +230,7 @@ def _sync(path: Path) -> None:
         os.fsync(file.fileno())
 
 
-def _sha256(path: Path) -> str:
+def sha256_of(path: Path) -> str:
+    """The digest of a file, as `identity.json` states it."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()

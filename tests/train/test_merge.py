@@ -103,11 +103,14 @@ def base(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
     return make_base(tmp_path_factory.mktemp(request.param) / "base", request.param, shard="100KB")
 
 
-@pytest.mark.parametrize("kind", KINDS)
+# A Llama has no biases that a LoRA could train: that is refused, below.
+CASES = [
+    (model, kind) for model in ("qwen2", "llama") for kind in KINDS if (model, kind) != ("llama", "bias of B")
+]
+
+
+@pytest.mark.parametrize(("base", "kind"), CASES, indirect=["base"])
 def test_every_kind_of_lora_computes_what_peft_computes(base: str, kind: str, tmp_path: Path) -> None:
-    is_llama = read_base_model(base).config["model_type"] == "llama"
-    if kind == "bias of B" and is_llama:
-        pytest.skip("a Llama has no biases; that is refused, below")
     adapter = make_adapter(tmp_path / "adapter", base, **KINDS[kind])
     expected = logits(base, adapter)
     merge(adapter, base, tmp_path / "merged")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import shutil
 from collections.abc import Mapping
@@ -13,6 +12,7 @@ import torch
 from safetensors.torch import save_file
 
 from train.conversion.factors import Factors
+from train.export import sha256_of
 from vllm_lora_ext.contract import CHAT_FILES, IDENTITY_FILE, IDENTITY_FORMAT
 from vllm_lora_ext.errors import BadInput
 from vllm_lora_ext.files import read_whole
@@ -82,12 +82,7 @@ def carry_chat_files(source: Path, folder: Path, name: str, conversion: Mapping[
         raise BadInput(str(path), f"cannot be read ({error})", "Repair it, or remove it.") from error
     provenance = body.get("provenance")
     told = {**(provenance if isinstance(provenance, dict) else {}), "conversion": dict(conversion)}
-    files = {file: _sha256(folder / file) for file in (CONFIG_FILE, WEIGHTS_FILE)}
+    files = {file: sha256_of(folder / file) for file in (CONFIG_FILE, WEIGHTS_FILE)}
     body = {"format": IDENTITY_FORMAT, "name": name, **body, "files": files, "provenance": told}
     text = json.dumps(body, indent=2, ensure_ascii=False) + "\n"
     (folder / IDENTITY_FILE).write_text(text, encoding="utf-8")
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
