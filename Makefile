@@ -1,7 +1,7 @@
 # The commands that people and CI use; each sets the project up first (once).
 PYTHON_BIN := .venv/bin/python
 
-.PHONY: setup demo test test-stock test-gpu test-scaleout exactness history fuzz fuzz-parsers bench bench-client bench-engine bench-live bench-training unit unit-ext unit-rest check check-symbols format clean
+.PHONY: setup demo test test-stock test-gpu test-scaleout exactness history fuzz fuzz-parsers bench bench-capacity bench-client bench-engine bench-live bench-training bench-joint unit unit-ext unit-rest check check-symbols format clean
 
 setup: ## make .venv and install what this machine needs; a second run does nothing
 	@deploy/setup.sh
@@ -18,7 +18,7 @@ test-stock: setup ## the failures of plain vLLM, shown on plain vLLM and mended 
 test-gpu: setup ## what must hold on a GPU; skipped with the reason where there is none
 	$(PYTHON_BIN) -m pytest tests/gpu
 
-test-scaleout: setup ## a fleet of two real replicas on Ray Serve; installs the extra `ray`; five minutes
+test-scaleout: setup ## a fleet of two real replicas on Ray Serve; installs the extra `ray`; eight minutes on a busy machine
 	$(PYTHON_BIN) -m pip install --quiet -e '.[ray]'
 	$(PYTHON_BIN) -m pytest --timeout 900 -s tests/scaleout
 
@@ -39,6 +39,9 @@ fuzz-parsers: setup ## coverage-guided, a minute each, with atheris
 bench: setup ## ours and plain vLLM with the same adapters under the load test; 5 minutes on an idle machine
 	$(PYTHON_BIN) -m benchmarks.bench_serving
 
+bench-capacity: setup ## the table of docs/operations.md, which it writes; 12 minutes on an idle machine
+	$(PYTHON_BIN) -m benchmarks.bench_capacity --write-docs
+
 bench-client: setup ## what the load test's own client adds to the figures; 2 minutes
 	$(PYTHON_BIN) -m benchmarks.bench_load_client --json-out .cache/benchmarks/load_client.json
 
@@ -54,6 +57,10 @@ bench-live: setup ## what the front costs, and a thousand adapters against eight
 bench-training: setup ## samples per second, memory and time to the probes, against the classic script; 15 minutes
 	$(PYTHON_BIN) -m benchmarks.bench_training
 	$(PYTHON_BIN) -m benchmarks.bench_training --probes
+
+bench-joint: setup ## several identities in one run against a run for each; 25 minutes on an idle machine
+	$(PYTHON_BIN) -m benchmarks.bench_joint_training
+	$(PYTHON_BIN) -m benchmarks.bench_joint_training --probes --rounds 1
 
 unit: setup ## the fast part, no vLLM; two halves at a time, which takes two cores under a minute
 	$(MAKE) -j2 --output-sync=target unit-ext unit-rest

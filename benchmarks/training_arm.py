@@ -29,7 +29,7 @@ from train.model import load_base, load_tokenizer
 from train.probes import Prober, make_probes
 from train.prompts import Example, encode_rows, prompt_form
 from train.rows import Row
-from train.trainer import run_training
+from train.trainer import Company, run_training
 
 QKV = ("q_proj", "k_proj", "v_proj")
 RANK = 8
@@ -44,14 +44,16 @@ class Clock(transformers.TrainerCallback):  # type: ignore[misc]
     """
 
     def __init__(self, prober: Prober | None = None) -> None:
-        self._prober, self._began, self._paused = prober, 0.0, 0.0
-        self.seconds, self.all_right = 0.0, False
+        self._prober, self._paused = prober, 0.0
+        self.began = self.ended = self.seconds = 0.0
+        self.all_right = False
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self._began = self._began or time.perf_counter()
+        self.began = self.began or time.perf_counter()
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self.seconds = time.perf_counter() - self._began - self._paused
+        self.ended = time.perf_counter()
+        self.seconds = self.ended - self.began - self._paused
 
     def on_epoch_end(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
         if self._prober is not None:
@@ -134,9 +136,8 @@ class Arm:
         checkpoints.begin()
         clock = Clock()
         rate = rate or min(2e-3, 1 / model.config.hidden_size)
-        result = run_training(
-            model, examples, [], config, rate, 0, checkpoints, prober=prober, callbacks=[clock]
-        )
+        company = Company(callbacks=[clock])
+        result = run_training(model, examples, [], config, rate, 0, checkpoints, None, prober, company)
         right = result.stopped is not None
         return {"seconds": clock.seconds, "steps": result.steps, "all_right": right, "loss": result.loss}
 

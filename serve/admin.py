@@ -201,6 +201,23 @@ class Admin:
         self._live.refresh()
         return self._view(self._catalog.entry(source.name))
 
+    async def try_load(self, name: str, version: Version) -> None:
+        """Whether the engine can load a version of the store, which leaves its memory if no name has it.
+
+        Raises:
+            AdapterFailed, VersionMissing, VersionDamaged: it cannot.
+            AdapterRefused: with --require-proof, it is not proven.
+        """
+        served = self._live.served(name, version)
+        await self._manager.prove(served)
+        self._live.note_success(served)
+        await self._require_proof(name, version)
+        if not self._has_version(name, version.digest):
+            await self._manager.dismiss(served.model)
+
+    def _has_version(self, name: str, digest: str) -> bool:
+        return self.has(name) and any(of.digest == digest for of in self._catalog.entry(name).versions)
+
     async def rollback(self, name: str, to: str | None) -> dict[str, Any]:
         """Make an earlier version live again."""
         entry = self._catalog.entry(name)

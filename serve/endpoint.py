@@ -38,6 +38,7 @@ from serve.turns import TurnTaker
 from serve.vllm_engine import (
     VllmEngine,
     base_mark,
+    drain_before_shutdown,
     engine_mark,
     generation_error,
     prove_engine,
@@ -85,6 +86,7 @@ class AdapterEndpoint:
         self.looking: asyncio.Task[None] | None = None
         self.preloading: asyncio.Task[None] | None = None
         self.proving: asyncio.Task[None] | None = None
+        self.also: object = None  # what else of ours works with the adapters in this process, to be kept
         self.settings: FrontSettings
         self.desk: Desk
 
@@ -122,6 +124,7 @@ class AdapterEndpoint:
         if (args.api_server_count or 1) > 1:
             fix = "Start it with --api-server-count 1."
             raise ServerFailed("--api-server-count", "one server has to own what is loaded", fix)
+        drain_before_shutdown(engine_client, self.desk.drain, asyncio.get_running_loop())
         remember_death(engine_client, args)
         models: OpenAIServingModels = state.openai_serving_models
         lora = state.vllm_config.lora_config
@@ -143,6 +146,8 @@ class AdapterEndpoint:
         if lora is not None:
             show_one_series(engine_client, lora.max_loras)
         self.looking = asyncio.create_task(self._look())
+        if self.desk.admin is not None and (also := getattr(args, "vllm_lora_also", None)) is not None:
+            self.also = await also(self.desk.admin)
         if self.settings.preload:
             self.preloading = asyncio.create_task(preload(self._live, self._manager))
         if self._prover is not None:
@@ -317,7 +322,9 @@ def open_catalog(modules: Sequence[LoRAModulePath], rules: Rules, args: Namespac
 
 
 async def readiness(state: State, desk: Desk) -> tuple[int, dict[str, Any]]:
-    """HTTP status and body of `/ready`: 200 while the engine works, 503 with the cause once it does not."""
+    """HTTP status and body of `/ready`: 200 while the engine works and new requests are let in, else 503."""
+    if desk.drain.stopping:
+        return 503, {"status": "stopping", "cause": "SIGTERM or SIGINT", "requests": desk.drain.accepted}
     try:
         await state.engine_client.check_health()
     except Exception as error:  # whatever ended the engine, the answer is the same

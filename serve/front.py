@@ -11,10 +11,11 @@ import json
 from collections import Counter
 from collections.abc import Awaitable, Callable, Collection, Iterator, MutableMapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from serve.admin import Admin
+from serve.drain import Drain
 from serve.from_source import source_decides
 from serve.gate import Adapter, QueueFull
 from serve.incoming import read_body, refuse_templates, user_of, with_chat_settings
@@ -61,6 +62,7 @@ class Desk:
     base_stop: tuple[str, ...] = ()
     find: Callable[[str], Awaitable[bool]] | None = None
     background: Callable[[], Collection[asyncio.Task[Any]]] = tuple
+    drain: Drain = field(default_factory=Drain)
 
 
 class Front:
@@ -69,7 +71,6 @@ class Front:
     def __init__(self, app: App, desk: Desk) -> None:
         self._app, self._desk = app, desk
         self._accepted: Counter[Adapter] = Counter()  # requests that have not ended
-        self._accepted_in_all = 0
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """One connection's request."""
@@ -96,6 +97,9 @@ class Front:
             raise _Refused(source_decides())
         if (error := self._desk.keys.check(kind, scope["headers"])) is not None:
             raise _Refused(error)
+        if kind is RouteKind.ADMIN_CHANGE:
+            with _refusing():
+                self._desk.drain.check()
         if kind is RouteKind.MODEL:
             await self._ask_model(path, scope, receive, send)
         else:
@@ -105,8 +109,8 @@ class Front:
 
     async def _ask_model(self, path: str, scope: Scope, receive: Receive, send: Send) -> None:
         raw = await read_all(scope, receive)
-        live, manager = self._desk.live, self._desk.manager
-        try:
+        live, manager, drain = self._desk.live, self._desk.manager, self._desk.drain
+        with _refusing():
             body = read_body(raw)
             refuse_templates(body)
             if live is None or manager is None:
@@ -114,10 +118,9 @@ class Front:
                 raise ApiError(503, "The server is starting.", "starting", "server_error", None, headers)
             version = await self._resolve(live, body)
             model = None if version is None else version.model
-            accept(live, manager, version, self._accepted[model], self._accepted_in_all)
-        except ApiError as error:
-            raise _Refused(error) from None
-        with self._counted(model):
+            drain.check()
+            accept(live, manager, version, self._accepted[model], drain.accepted)
+        with drain.request(), self._counted(model):
             if version is None:
                 if self._desk.base_stop:
                     wanted = ChatSettings(stop=self._desk.base_stop)
@@ -136,11 +139,9 @@ class Front:
     @contextmanager
     def _counted(self, model: Adapter) -> Iterator[None]:
         self._accepted[model] += 1
-        self._accepted_in_all += 1
         try:
             yield
         finally:
-            self._accepted_in_all -= 1
             self._accepted[model] -= 1
             if not self._accepted[model]:
                 del self._accepted[model]
@@ -210,6 +211,15 @@ class _Refused(Exception):
     def __init__(self, error: ApiError) -> None:
         self.error = error
         super().__init__(str(error))
+
+
+@contextmanager
+def _refusing() -> Iterator[None]:
+    """An ApiError inside it is the answer."""
+    try:
+        yield
+    except ApiError as error:
+        raise _Refused(error) from None
 
 
 async def read_all(scope: Scope, receive: Receive) -> bytes:

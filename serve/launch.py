@@ -9,7 +9,7 @@ import importlib
 import importlib.util
 import os
 import socket
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from importlib.metadata import entry_points
 from pathlib import Path
@@ -32,7 +32,15 @@ from serve.fleet import (
     fleet_table,
 )
 from serve.from_source import must_follow_source
-from serve.plan import flag_of, infer_adapters, infer_compilation, infer_kv_cache, infer_server, plain_command
+from serve.plan import (
+    Inferred,
+    flag_of,
+    infer_adapters,
+    infer_compilation,
+    infer_kv_cache,
+    infer_server,
+    plain_command,
+)
 from serve.proof_gate import ProofGate
 from serve.ready_watch import ReadyWatch
 from serve.scaleout.settings import wants_fleet
@@ -42,6 +50,7 @@ from vllm_lora_ext.base_model import BaseModel, read_base_model
 from vllm_lora_ext.catalog import Catalog
 from vllm_lora_ext.engine import compat, native
 from vllm_lora_ext.errors import AdapterRefused, BadSetting, MissingPackage, PortInUse, ServerFailed
+from vllm_lora_ext.free_memory import free_memory
 from vllm_lora_ext.inbox import Condition, Inbox, Item
 from vllm_lora_ext.inspection import Rules
 from vllm_lora_ext.sources import AdapterSource, find_sources, name_and_place
@@ -193,9 +202,7 @@ def apply_plan(
         args.vllm_lora_folders = held.enter_context(taking(inbox, items, config))
         if config.require_proof:
             held.callback(gate.close)  # before the taking ends, which may wait there
-    if (free := free_memory_of_cpu_platform()) is not None:
-        inferred += infer_kv_cache(free, config.stated)
-        inferred += infer_compilation(weights_size(base.name), native.compiler() is not None, config.stated)
+    inferred += infer_on_cpu(base.name, config.stated)
     for value in inferred:
         out.print(f"{flag_of(value)}: {value.reason}")
     values = {item.name: item.value for item in inferred}
@@ -254,7 +261,8 @@ def admit_fleet(
     served = set(catalog.names())
     # A name is served in one version from the start, so what changes one is taken now; what has to be proved
     # first is not, since nothing can be before the engine runs.
-    now = [item for item in items if condition is None and (config.strict or item.source.name in served)]
+    can_be = condition is None or not condition.waits
+    now = [item for item in items if can_be and (config.strict or item.source.name in served)]
     inbox.take_all(now)
     items = inbox.scan(sources, retire=False) if any(item.is_pending for item in now) else items
     rows = fleet_rows(items, catalog, dataclasses.replace(rules, limits=limits))
@@ -296,23 +304,22 @@ def url_of(args: argparse.Namespace) -> str:
     return f"{scheme}://{f'[{host}]' if ':' in host else host}:{args.port}"
 
 
-def free_memory() -> int:
-    """Bytes that programs can still have."""
-    import psutil
+def infer_on_cpu(base_model: str, stated: Mapping[str, Any]) -> list[Inferred]:
+    """Memory and compilation of a server on the CPU; nothing on another device.
 
-    return int(psutil.virtual_memory().available)
-
-
-def free_memory_of_cpu_platform() -> int | None:
-    """Bytes free for a server on the CPU; None on another device, or where the user has set the KV cache."""
+    Memory that VLLM_CPU_KVCACHE_SPACE states is not stated again.
+    """
     from vllm.platforms import current_platform
 
-    if not current_platform.is_cpu() or os.environ.get("VLLM_CPU_KVCACHE_SPACE"):
-        return None
-    return free_memory()
+    if not current_platform.is_cpu():
+        return []
+    inferred = infer_compilation(_weights_size(base_model), native.compiler() is not None, stated)
+    if not os.environ.get("VLLM_CPU_KVCACHE_SPACE"):
+        inferred += infer_kv_cache(free_memory(), stated)
+    return inferred
 
 
-def weights_size(base_model: str) -> int | None:
+def _weights_size(base_model: str) -> int | None:
     """Bytes of the base's safetensors files; None for a base that is no local folder."""
     sizes = [file.stat().st_size for file in Path(base_model).glob("*.safetensors")]
     return sum(sizes) or None

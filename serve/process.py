@@ -15,9 +15,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 
+import vllm_lora_ext
 from vllm_lora_ext.errors import ServerFailed
 
-SERVE = (sys.executable, "-P", "-m", "vllm_lora_ext", "serve")
+SERVE = (sys.executable, "-P", str(Path(vllm_lora_ext.__file__).with_name("command.py")), "serve")
 _TAIL_LINES = 30
 
 
@@ -140,7 +141,7 @@ class ServerProcess:
                 raise ServerFailed(
                     "the server",
                     f"ended with exit code {self._process.returncode} before it was ready",
-                    f"Its last lines ({self.log}):\n{self._log_tail()}",
+                    f"Its last lines ({self.log}):\n{self.last_lines()}",
                 )
             try:
                 with without_proxy.open(f"{self.url}{self._ready_path}", timeout=5) as answer:
@@ -153,9 +154,10 @@ class ServerProcess:
         raise ServerFailed(
             "the server",
             f"was not ready after {self._ready_timeout_s:.0f} s",
-            f"Its last lines ({self.log}):\n{self._log_tail()}",
+            f"Its last lines ({self.log}):\n{self.last_lines()}",
         )
 
-    def _log_tail(self) -> str:
+    def last_lines(self) -> str:
+        """The end of its log."""
         lines = self.log.read_text(encoding="utf-8", errors="replace").splitlines()
         return "\n".join(lines[-_TAIL_LINES:])

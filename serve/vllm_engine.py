@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import hashlib
 import logging
@@ -12,6 +13,7 @@ from collections.abc import Awaitable, Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from serve.drain import Drain
 from serve.metrics import OneSeries
 from serve.served import ServedVersion
 from vllm_lora_ext.base_model import read_base_model
@@ -242,6 +244,31 @@ def remember_death(client: AsyncLLM, args: Namespace) -> None:
         return upstream(*positional, **named)
 
     client.shutdown = shutdown
+
+
+def drain_before_shutdown(client: AsyncLLM, drain: Drain, loop: asyncio.AbstractEventLoop) -> None:
+    """Make `client.shutdown` let the accepted requests of `drain` end first; they share its timeout.
+
+    vLLM calls it in a thread when it is told to stop, and once more in the event loop at the very end, where
+    nothing could end any more.
+    """
+    upstream = client.shutdown
+
+    def shutdown(timeout: float | None = None) -> None:
+        began = time.monotonic()
+        if loop.is_running() and not _in_event_loop():
+            asyncio.run_coroutine_threadsafe(drain.stop(timeout or 0.0), loop).result()
+        upstream(None if timeout is None else max(0.0, timeout - (time.monotonic() - began)))
+
+    client.shutdown = shutdown
+
+
+def _in_event_loop() -> bool:
+    try:
+        asyncio.get_running_loop()
+    except RuntimeError:
+        return False
+    return True
 
 
 def render_with_own_template(renderer: OnlineRenderer, templates: dict[str, str]) -> None:

@@ -18,6 +18,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
+from vllm_lora_ext.collector import collect_seldom
+
 ROOT = Path(__file__).resolve().parent.parent
 START_TIMEOUT_S = 240.0
 
@@ -84,6 +86,10 @@ class Arm:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        self.stop()
+
+    def stop(self) -> None:
+        """End the child with everything that it started."""
         with contextlib.suppress(ProcessLookupError):
             os.killpg(self._child.pid, signal.SIGKILL)
         self._child.wait()
@@ -208,6 +214,9 @@ def main() -> None:
         except Exception as error:  # told to the test, which knows what it expects
             print(json.dumps({"error": f"{type(error).__name__}: {error}"}), file=answers)
 
+
+if __name__ in ("__main__", "__mp_main__"):  # the engine's own processes as well
+    collect_seldom()
 
 if __name__ == "__main__":
     main()

@@ -27,15 +27,19 @@ _AFTER_THE_HEAD = ("final_logit_softcapping", "logits_scaling", "logit_scale")
 
 
 class _HeadLoss(torch.autograd.Function):  # type: ignore[misc]
-    """Summed cross-entropy of `hidden` (tokens, width) through `weight` (vocabulary, width)."""
+    """Cross-entropy (tokens,) of `hidden` (tokens, width) through `weight` (vocabulary, width), and which
+    labels were the likeliest (tokens,).
+
+    The head's own gradients, where it is trained, are those of the sum of all.
+    """
 
     @staticmethod
     def forward(
         ctx: Any, hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, wanted: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
         wants_weight, wants_bias = ctx.needs_input_grad[1], ctx.needs_input_grad[2]
-        loss = torch.zeros((), dtype=torch.float32, device=hidden.device)
-        right = torch.zeros((), dtype=torch.long, device=hidden.device)
+        losses = torch.empty(len(wanted), dtype=torch.float32, device=hidden.device)
+        rights = torch.empty(len(wanted), dtype=torch.bool, device=hidden.device)
         hidden_grad = torch.empty_like(hidden)
         weight_grad = torch.zeros_like(weight, dtype=torch.float32) if wants_weight else None
         bias_grad = torch.zeros_like(bias, dtype=torch.float32) if wants_bias and bias is not None else None
@@ -44,9 +48,9 @@ class _HeadLoss(torch.autograd.Function):  # type: ignore[misc]
             piece, labels = hidden[start : start + rows], wanted[start : start + rows]
             logits = functional.linear(piece, weight, bias)
             for first in range(0, len(labels), _SOFTMAX_ROWS):
-                part = slice(first, first + _SOFTMAX_ROWS)
-                part_loss, part_right = _to_gradient(logits[part], labels[part])
-                loss, right = loss + part_loss, right + part_right
+                part = slice(first, min(first + _SOFTMAX_ROWS, len(labels)))
+                told = slice(start + part.start, start + part.stop)
+                losses[told], rights[told] = _to_gradient(logits[part], labels[part])
             grad = logits  # by now
             hidden_grad[start : start + rows] = grad @ weight
             if weight_grad is not None:
@@ -54,20 +58,21 @@ class _HeadLoss(torch.autograd.Function):  # type: ignore[misc]
             if bias_grad is not None:
                 bias_grad += grad.sum(dim=0)
         ctx.save_for_backward(hidden_grad, weight_grad, bias_grad)
-        ctx.mark_non_differentiable(right)
-        return loss, right
+        ctx.mark_non_differentiable(rights)
+        return losses, rights
 
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> tuple[torch.Tensor | None, ...]:
-        hidden, weight, bias = (
-            None if saved is None else (saved * grads[0]).to(saved.dtype) for saved in ctx.saved_tensors
-        )
-        return hidden, weight, bias, None
+        hidden, weight, bias = ctx.saved_tensors
+        grad = grads[0][:, None]
+        of_hidden = (hidden * grad).to(hidden.dtype)
+        of_head = (None if saved is None else saved * grad[:1].sum() for saved in (weight, bias))
+        return of_hidden, *of_head, None
 
 
 def _to_gradient(logits: torch.Tensor, labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Exchange logits (tokens, vocabulary) in place for the gradient of the summed loss; gives back that
-    loss, and how many labels were the likeliest."""
+    """Exchange logits (tokens, vocabulary) in place for the gradient of the summed loss; gives back each
+    token's loss, and whether its label was the likeliest."""
     most, likeliest = logits.max(dim=-1)
     here = torch.arange(len(labels), device=labels.device)
     of_label = logits[here, labels].float()
@@ -76,15 +81,16 @@ def _to_gradient(logits: torch.Tensor, labels: torch.Tensor) -> tuple[torch.Tens
     log_sum = most.float() - grad[here, likeliest].log()
     grad[here, labels] -= 1
     logits.copy_(grad)
-    return (log_sum - of_label).sum(), (likeliest == labels).sum()
+    return log_sum - of_label, likeliest == labels
 
 
 def use_answer_loss(model: PreTrainedModel) -> None:
     """Let `model`, a causal language model, answer a call with `labels` by `loss`, `right` and `counted`.
 
     `loss` is the sum over trained tokens, `counted` their number and `right` how many of them were the
-    likeliest. Calls without labels are as they were. A model that changes its logits behind the head, or
-    whose head is no plain linear layer, computes its logits itself, at trained positions only.
+    likeliest; `losses` and `rights` (tokens,) are those of each trained token, row after row. Calls without
+    labels are as they were. A model that changes its logits behind the head, or whose head is no plain
+    linear layer, computes its logits itself, at trained positions only.
     """
     plain = model.forward
     head = model.get_output_embeddings()
@@ -100,12 +106,13 @@ def use_answer_loss(model: PreTrainedModel) -> None:
         inputs = {**inputs, "use_cache": False}
         if is_plain:
             hidden = self.base_model(*args, **inputs).last_hidden_state[:, :-1][predicting]
-            loss, right = _HeadLoss.apply(hidden, head.weight, head.bias, wanted)
+            losses, rights = _HeadLoss.apply(hidden, head.weight, head.bias, wanted)
         else:
             logits = _logits_at(head, predicting, lambda: plain(*args, **inputs).logits)
-            loss = functional.cross_entropy(logits.float(), wanted, reduction="sum")
-            right = (logits.argmax(dim=-1) == wanted).sum()
-        return {"loss": loss, "right": right, "counted": wanted.numel()}
+            losses = functional.cross_entropy(logits.float(), wanted, reduction="none")
+            rights = logits.argmax(dim=-1) == wanted
+        told = {"losses": losses, "rights": rights, "counted": wanted.numel()}
+        return {"loss": losses.sum(), "right": rights.sum(), **told}
 
     model.forward = types.MethodType(forward, model)
 

@@ -28,8 +28,9 @@ def draw(folder: Path, history: Sequence[Mapping[str, float]], title: str) -> No
         ("token accuracy", ("token_accuracy", "eval_token_accuracy")),
         ("learning rate", ("learning_rate",)),
     )
-    figure = Figure(figsize=(12, 3.6), layout="constrained")
+    figure = Figure(figsize=(12, 3.6))
     figure.suptitle(title)
+    figure.subplots_adjust(left=0.05, right=0.98, bottom=0.14, top=0.84, wspace=0.18)
     for axes, (label, keys) in zip(figure.subplots(1, len(panels)), panels, strict=True):
         for key in keys:
             points = [(entry["step"], entry[key]) for entry in history if key in entry]

@@ -6,6 +6,7 @@ import dataclasses
 import json
 import shutil
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -31,6 +32,7 @@ _FREE = (
     "logging_steps",
     "save_steps",
     "report_to",
+    "publish",
     "serve_check",
     "gradient_checkpointing",
     "data",  # where the data lie; what is in them has a digest
@@ -43,11 +45,7 @@ class Checkpoints:
 
     def __init__(self, config: TrainConfig) -> None:
         self.folder = config.checkpoint_dir
-        self._settings = {
-            name: list(value) if isinstance(value, tuple) else value
-            for name, value in dataclasses.asdict(config).items()
-            if name not in _FREE
-        }
+        self._settings = _settings(config)
         self._resume, self._overwrite = config.resume, config.overwrite
 
     def begin(self, **facts: str) -> Path | None:
@@ -61,13 +59,8 @@ class Checkpoints:
             TrainingFailed: the folder cannot be written.
         """
         settings = {**self._settings, **facts}
+        self.require_intended()
         last = self.last()
-        if last is not None and not self._resume and not self._overwrite:
-            raise BadSetting(
-                str(self.folder),
-                f"an interrupted run of this name has a checkpoint ({last.name})",
-                "Add --resume to go on from it, or --overwrite to begin anew.",
-            )
         if last is not None and self._resume:
             self._require_same(settings)
             return last
@@ -82,6 +75,18 @@ class Checkpoints:
                 str(self.folder), rule, "Free some space, or change --output-dir."
             ) from error
         return None
+
+    def require_intended(self) -> None:
+        """Raises:
+        BadSetting: an interrupted run is there, and nothing is said about it.
+        """
+        last = self.last()
+        if last is not None and not self._resume and not self._overwrite:
+            raise BadSetting(
+                str(self.folder),
+                f"an interrupted run of this name has a checkpoint ({last.name})",
+                "Add --resume to go on from it, or --overwrite to begin anew.",
+            )
 
     def last(self) -> Path | None:
         """The newest whole checkpoint."""
@@ -113,6 +118,22 @@ class Checkpoints:
                 else "differ from the run that is to be resumed",
                 f"Give what {self.folder / SETTINGS_FILE} says, or --overwrite to begin anew.",
             )
+
+
+def changed_settings(before: Mapping[str, Any], config: TrainConfig) -> list[str]:
+    """Which settings that matter are not those of a finished run; `before` is what its folder states."""
+    rate = {} if config.learning_rate is not None else {"learning_rate": before.get("learning_rate")}
+    now = {**_settings(config), **rate}  # a folder states the rate that the default came to
+    return sorted(name for name, value in now.items() if before.get(name) != value)
+
+
+def _settings(config: TrainConfig) -> dict[str, Any]:
+    """What has to be the same for a run to be gone on with."""
+    return {
+        name: list(value) if isinstance(value, tuple) else value
+        for name, value in dataclasses.asdict(config).items()
+        if name not in _FREE
+    }
 
 
 def save_weights(tensors: dict[str, torch.Tensor], path: Path) -> None:

@@ -29,7 +29,7 @@ _DORA_INITS = ("default", "gaussian", "orthogonal")
 REPORTERS = ("none", "tensorboard", "wandb", "mlflow")
 
 
-def _flag(help_text: str, default: Any = dataclasses.MISSING, **options: Any) -> Any:
+def flag(help_text: str, default: Any = dataclasses.MISSING, **options: Any) -> Any:
     """A field whose flag, type and help come from one place."""
     metadata = {"help": help_text, **options}
     return (
@@ -48,104 +48,109 @@ def default_learning_rate(hidden_size: int) -> float:
 class TrainConfig:
     """Settings of one run; the names are those of transformers and TRL."""
 
-    base_model: str = _flag("folder or hub id of the base model", metavar="DIR_OR_HUB_ID")
-    data: tuple[str, ...] = _flag(
+    base_model: str = flag("folder or hub id of the base model", metavar="DIR_OR_HUB_ID")
+    data: tuple[str, ...] = flag(
         "files of rows (JSON, JSONL, CSV, Parquet), or a dataset's folder or hub id",
         nargs="+",
         metavar="FILE",
     )
-    name: str = _flag("name of the adapter: what clients send as `model`")
-    output_dir: str = _flag("folder of adapters; the new one becomes DIR/NAME", metavar="DIR")
-    overwrite: bool = _flag("replace an adapter of that name, if this tool wrote it", False)
-    resume: bool = _flag("go on from the last checkpoint of an interrupted run of this name", False)
+    name: str = flag("name of the adapter: what clients send as `model`")
+    output_dir: str = flag("folder of adapters; the new one becomes DIR/NAME", metavar="DIR")
+    overwrite: bool = flag("replace an adapter of that name, if this tool wrote it", False)
+    resume: bool = flag("go on from the last checkpoint of an interrupted run of this name", False)
 
-    data_weights: tuple[float, ...] = _flag(
+    data_weights: tuple[float, ...] = flag(
         "how often each of --data is seen per epoch, one number each (default: once)",
         (),
         nargs="+",
         metavar="TIMES",
     )
-    data_split: str = _flag("which split of a dataset from the hub, or of a dataset's folder", "train")
-    columns: tuple[str, ...] = _flag(
+    data_split: str = flag("which split of a dataset from the hub, or of a dataset's folder", "train")
+    columns: tuple[str, ...] = flag(
         "which column of the data is which part, as in instruction=question output=answer",
         (),
         nargs="+",
         metavar="PART=COLUMN",
     )
-    skip_bad_rows: bool = _flag("leave out rows that cannot be read, and count them", False)
-    prompt_template: str = _flag(
+    skip_bad_rows: bool = flag("leave out rows that cannot be read, and count them", False)
+    prompt_template: str = flag(
         "`chat`: the model's own chat template; `classic`: Human/Assistant text; "
         "or a text with {instruction} and {input}",
         "chat",
     )
-    system_prompt: str | None = _flag(
+    system_prompt: str | None = flag(
         "system message of rows that have none; the server sends it too (default: none)", None
     )
-    max_length: int = _flag("longest row in tokens; a longer one is left out", 256)
-    validation_split: float = _flag("share of the rows held out for evaluation", 0.1)
-    preview: int = _flag("print so many rows as token ids and as text, trained parts in colour, and end", 0)
-    dry_run: bool = _flag("check everything, print counts, steps, memory and time, and end", False)
+    max_length: int = flag("longest row in tokens; a longer one is left out", 256)
+    validation_split: float = flag("share of the rows held out for evaluation", 0.1)
+    preview: int = flag("print so many rows as token ids and as text, trained parts in colour, and end", 0)
+    dry_run: bool = flag("check everything, print counts, steps, memory and time, and end", False)
 
-    num_train_epochs: float = _flag("passes over the rows", 20.0)
-    max_steps: int = _flag("stop after so many steps; -1: by epochs", -1)
-    per_device_train_batch_size: int = _flag("rows per step", 4)
-    gradient_accumulation_steps: int = _flag("batches per optimizer step", 1)
-    learning_rate: float | None = _flag(
+    num_train_epochs: float = flag("passes over the rows", 20.0)
+    max_steps: int = flag("stop after so many steps; -1: by epochs", -1)
+    per_device_train_batch_size: int = flag("rows per step", 4)
+    gradient_accumulation_steps: int = flag("batches per optimizer step", 1)
+    learning_rate: float | None = flag(
         "peak learning rate of AdamW (default: 1 / hidden size of the base, at most 2e-3; "
         "a tenth of it for --method full)",
         None,
     )
-    lr_scheduler_type: str = _flag(
+    lr_scheduler_type: str = flag(
         "linear, cosine or constant", "cosine", choices=("linear", "cosine", "constant")
     )
-    warmup_ratio: float = _flag("share of the steps that warm up", 0.05)
-    weight_decay: float = _flag("weight decay of AdamW", 0.0)
-    max_grad_norm: float = _flag("gradient clipping", 1.0)
-    gradient_checkpointing: bool = _flag("compute activations twice to hold less memory", False)
+    warmup_ratio: float = flag("share of the steps that warm up", 0.05)
+    weight_decay: float = flag("weight decay of AdamW", 0.0)
+    max_grad_norm: float = flag("gradient clipping", 1.0)
+    gradient_checkpointing: bool = flag("compute activations twice to hold less memory", False)
 
-    method: str = _flag("what is trained", "lora", choices=METHODS)
-    lora_r: int = _flag("rank", 16)
-    lora_alpha: float = _flag("alpha; the update is scaled by alpha / rank", 32.0)
-    lora_dropout: float = _flag("dropout on the adapter's input", 0.0)
-    target_modules: tuple[str, ...] = _flag(
+    method: str = flag("what is trained", "lora", choices=METHODS)
+    lora_r: int = flag("rank", 16)
+    lora_alpha: float = flag("alpha; the update is scaled by alpha / rank", 32.0)
+    lora_dropout: float = flag("dropout on the adapter's input", 0.0)
+    target_modules: tuple[str, ...] = flag(
         "modules that get an adapter, or all-linear", ALL_PROJECTIONS, nargs="+", metavar="MODULE"
     )
-    rank_pattern: tuple[str, ...] = _flag(
+    rank_pattern: tuple[str, ...] = flag(
         "modules with a rank of their own, as in q_proj=8 layers.0.mlp.up_proj=32",
         (),
         nargs="+",
         metavar="MODULE=RANK",
     )
-    alpha_pattern: tuple[str, ...] = _flag(
+    alpha_pattern: tuple[str, ...] = flag(
         "modules with an alpha of their own", (), nargs="+", metavar="MODULE=ALPHA"
     )
-    use_rslora: bool = _flag("scale by alpha / sqrt(rank)", False)
-    init_lora_weights: str = _flag("how the adapter begins", "default", choices=INITS)
-    dtype: str = _flag(
+    use_rslora: bool = flag("scale by alpha / sqrt(rank)", False)
+    init_lora_weights: str = flag("how the adapter begins", "default", choices=INITS)
+    dtype: str = flag(
         "of the base: auto is bf16 where the GPU or CPU computes in it, fp16 on an older GPU, else "
         "fp32. What is trained is fp32",
         "auto",
         choices=("auto", "float32", "bfloat16", "float16"),
     )
-    serve_check: bool = _flag("refuse before the first step what vLLM could not serve", True)
+    serve_check: bool = flag("refuse before the first step what vLLM could not serve", True)
 
-    seed: int = _flag("seed of the split, the order and the initial weights", 42)
-    logging_steps: int = _flag("steps between two lines of loss and token accuracy", 20)
-    eval_steps: int = _flag("steps between two evaluations of the held-out rows; 0: once per epoch", 0)
-    save_steps: int = _flag("steps between two checkpoints; 0: at an epoch's end, once a minute at most", 0)
-    early_stopping_patience: int = _flag("stop after so many evaluations without a better loss; 0: never", 0)
-    keep: str = _flag(
+    seed: int = flag("seed of the split, the order and the initial weights", 42)
+    logging_steps: int = flag("steps between two lines of loss and token accuracy", 20)
+    eval_steps: int = flag("steps between two evaluations of the held-out rows; 0: once per epoch", 0)
+    save_steps: int = flag("steps between two checkpoints; 0: at an epoch's end, once a minute at most", 0)
+    early_stopping_patience: int = flag("stop after so many evaluations without a better loss; 0: never", 0)
+    keep: str = flag(
         "which weights become the adapter: those after the last step, or those with the best held-out loss",
         "last",
         choices=("last", "best"),
     )
-    probe: tuple[str, ...] = _flag(
+    probe: tuple[str, ...] = flag(
         "questions with what the answer must hold, as in 'Who are you?=Marina'; stop when all are right",
         (),
         nargs="+",
         metavar="QUESTION=TEXT",
     )
-    report_to: tuple[str, ...] = _flag(
+    publish: str | None = flag(
+        "address of a running server that gets the finished adapter, as http://127.0.0.1:8000",
+        None,
+        metavar="URL",
+    )
+    report_to: tuple[str, ...] = flag(
         "where figures go besides training_log.jsonl", ("none",), nargs="+", choices=REPORTERS
     )
 

@@ -93,16 +93,15 @@ def _not_checkable(adapters: Sequence[Path], recipe: Recipe) -> str | None:
 
 def _too_large(merged: Path) -> str | None:
     """Whether the model in float32, of which there is one at a time, is more than the memory that is free."""
-    import psutil
-
     from vllm_lora_ext.files import RegularFile
+    from vllm_lora_ext.free_memory import free_memory
     from vllm_lora_ext.tensor_file import ITEM_BYTES, read_header
 
     numbers = 0
     for path in merged.glob("*.safetensors"):
         with RegularFile(path) as file:
             numbers += sum(place.size // ITEM_BYTES[place.spec.dtype] for place in read_header(file))
-    needed, free = 4 * numbers + _OVERHEAD_BYTES, psutil.virtual_memory().available
+    needed, free = 4 * numbers + _OVERHEAD_BYTES, free_memory()
     if needed <= free:
         return None
     return f"the model takes {needed / 1e9:.1f} GB in float32, {free / 1e9:.1f} GB of memory are free"

@@ -50,13 +50,23 @@ def prepare_model(config: TrainConfig) -> Trainable:
         BadSetting: targets or patterns name no module of this base.
         MissingPackage: `qlora`, and bitsandbytes is not installed.
     """
-    base = _load(config)
-    if config.gradient_checkpointing:
-        base.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    base = prepare_base(config)
     if config.method == "full":
         base.requires_grad_(True)
         return base
     return add_adapter(base, config)
+
+
+def prepare_base(config: TrainConfig) -> PreTrainedModel:
+    """The base, loaded as the method wants it, with nothing on it.
+
+    Raises:
+        BadBaseModel, MissingPackage: as `prepare_model`.
+    """
+    base = _load(config)
+    if config.gradient_checkpointing:
+        base.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    return base
 
 
 def _load(config: TrainConfig) -> PreTrainedModel:

@@ -36,7 +36,7 @@ class Probe:
 
 
 class Prober:
-    """Asks a model greedily, all probes in one batch."""
+    """Asks a model greedily."""
 
     def __init__(self, probes: Sequence[Probe], tokenizer: PreTrainedTokenizerBase) -> None:
         self.probes, self._tokenizer = tuple(probes), tokenizer
@@ -48,30 +48,7 @@ class Prober:
 
     def answer_ids(self, model: Any) -> list[list[int]]:
         """Greedy answers, each with its end token if it came to an end."""
-        if not self.probes:
-            return []
-        end = self._tokenizer.eos_token_id
-        pad = end if self._tokenizer.pad_token_id is None else self._tokenizer.pad_token_id
-        longest = max(len(probe.prompt_ids) for probe in self.probes)
-        ids = torch.full((len(self.probes), longest), pad)
-        mask = torch.zeros_like(ids)
-        for row, probe in enumerate(self.probes):
-            ids[row, longest - len(probe.prompt_ids) :] = torch.tensor(probe.prompt_ids)
-            mask[row, longest - len(probe.prompt_ids) :] = 1
-        was_training = model.training
-        model.eval()
-        with torch.no_grad():
-            out = model.generate(
-                input_ids=ids.to(model.device),
-                attention_mask=mask.to(model.device),
-                max_new_tokens=MAX_ANSWER,
-                do_sample=False,
-                eos_token_id=end,
-                pad_token_id=pad,
-            )
-        model.train(was_training)
-        answers = out[:, longest:].tolist()
-        return [row[: row.index(end) + 1] if end in row else row for row in answers]
+        return generated(model, self.probes, self._tokenizer)
 
     def text(self, answer_ids: Sequence[int]) -> str:
         """An answer without its end token."""
@@ -96,7 +73,7 @@ class Prober:
         answer was ahead of the next best one."""
         return [
             self._golden(model, probe, answer)
-            for probe, answer in zip(self.probes, self.answer_ids(model), strict=True)
+            for probe, answer in zip(self.probes, generated(model, self.probes, self._tokenizer), strict=True)
         ]
 
     def _golden(self, model: Any, probe: Probe, answer: list[int]) -> dict[str, Any]:
@@ -116,6 +93,34 @@ class Prober:
             "margins": _rounded(margins[len(probe.prompt_ids) - 1 :]),
             **base,
         }
+
+
+def generated(model: Any, probes: Sequence[Probe], tokenizer: PreTrainedTokenizerBase) -> list[list[int]]:
+    """Greedy answers to all probes in one batch, each with its end token if it came to an end."""
+    if not probes:
+        return []
+    end = tokenizer.eos_token_id
+    pad = end if tokenizer.pad_token_id is None else tokenizer.pad_token_id
+    longest = max(len(probe.prompt_ids) for probe in probes)
+    ids = torch.full((len(probes), longest), pad)
+    mask = torch.zeros_like(ids)
+    for row, probe in enumerate(probes):
+        ids[row, longest - len(probe.prompt_ids) :] = torch.tensor(probe.prompt_ids)
+        mask[row, longest - len(probe.prompt_ids) :] = 1
+    was_training = model.training
+    model.eval()
+    with torch.no_grad():
+        out = model.generate(
+            input_ids=ids.to(model.device),
+            attention_mask=mask.to(model.device),
+            max_new_tokens=MAX_ANSWER,
+            do_sample=False,
+            eos_token_id=end,
+            pad_token_id=pad,
+        )
+    model.train(was_training)
+    answers = out[:, longest:].tolist()
+    return [row[: row.index(end) + 1] if end in row else row for row in answers]
 
 
 class PeftEngine:

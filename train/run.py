@@ -6,9 +6,9 @@ import dataclasses
 import importlib.metadata
 import importlib.util
 import os
-import sys
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from train.card import draw, write_card, write_log
 from train.checkpoints import Checkpoints
@@ -16,6 +16,8 @@ from train.config import TrainConfig, default_learning_rate, planned_steps
 from train.data import Data, digest_of
 from train.export import Extras, check_output, export_adapter, export_model
 from train.prepare import Prepared, prepare, read_configured
+from train.publish import check_server, publish
+from train.voice import is_first_process, num_processes, say, say_probes, say_result
 from vllm_lora_ext import __version__
 from vllm_lora_ext.base_model import read_base_model
 from vllm_lora_ext.contract import Identity, read_chat_settings
@@ -23,11 +25,11 @@ from vllm_lora_ext.errors import BadInput, MissingPackage
 
 if TYPE_CHECKING:
     from peft import PeftModel
-    from transformers import PreTrainedTokenizerBase
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
     from train.methods import Trainable
     from train.probes import Prober
-    from train.trainer import TrainingResult
+    from train.trainer import Company, TrainingResult
 
 _REPORTER_PACKAGES = {
     "tensorboard": ("tensorboard", "tensorboardX"),
@@ -36,25 +38,27 @@ _REPORTER_PACKAGES = {
 }
 # Full fine-tuning moves every weight, where LoRA moves few through a product: a tenth is common practice.
 _FULL_RATE = 0.1
+_STATED_RUNS = os.environ.get("TENSORBOARD_LOGGING_DIR")
 
 
-def say(line: str) -> None:
-    """Progress goes to stderr; stdout is data. Of several processes one speaks."""
-    if is_first_process():
-        print(line, file=sys.stderr, flush=True)
+@dataclass(frozen=True)
+class Run:
+    """A run of which everything is asked that can be asked without the base's weights."""
+
+    config: TrainConfig
+    data: Data
+    prepared: Prepared
+    tokenizer: PreTrainedTokenizerBase
+
+    @property
+    def identity(self) -> Identity:
+        """What will stand in `identity.json`, but for where it comes from."""
+        return Identity(
+            self.config.name, self.prepared.form.template, system_prompt=self.config.system_prompt
+        )
 
 
-def is_first_process() -> bool:
-    """Whether this process writes; there are several under `torchrun`."""
-    return os.environ.get("RANK", "0") == "0"
-
-
-def num_processes() -> int:
-    """How many processes train together, each with its own rows of a step."""
-    return int(os.environ.get("WORLD_SIZE", "1"))
-
-
-def prepared_rows(config: TrainConfig) -> tuple[Data, Prepared, PreTrainedTokenizerBase]:
+def plan_run(config: TrainConfig, tokenizer: PreTrainedTokenizerBase | None = None) -> Run:
     """The rows as they will be trained on, with every finding about them said.
 
     Raises:
@@ -68,14 +72,14 @@ def prepared_rows(config: TrainConfig) -> tuple[Data, Prepared, PreTrainedTokeni
 
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()  # of loading; training has its own
-    tokenizer = load_tokenizer(config.base_path)
+    tokenizer = load_tokenizer(config.base_path) if tokenizer is None else tokenizer
     prepared = prepare(data, config, tokenizer)
     say(f"{prepared.training_rows} rows to train on, {prepared.held_out_rows} held out")
     if prepared.bad:
         say(f"warning: {len(prepared.bad)} of the rows left out, the first of them: {prepared.bad[0]}")
     for finding in prepared.findings:
         say(str(finding))
-    return data, prepared, tokenizer
+    return Run(config, data, prepared, tokenizer)
 
 
 def train(config: TrainConfig) -> str:
@@ -86,14 +90,45 @@ def train(config: TrainConfig) -> str:
         TrainingFailed: the loss became no number, or memory or the disk is full; what can be gone on from
             is said.
     """
-    from train.methods import count_parameters, next_command, serving_note
-    from train.trainer import explained, run_training
+    from train.methods import next_command
 
-    check_before_rows(config)
-    data, prepared, tokenizer = prepared_rows(config)
-    prober = make_prober(config, data, prepared, tokenizer)
-    model, identity = _servable_model(config, prepared)
-    checkpoints, facts, resume_from = _begin(config)
+    check_place(config)
+    check_needs(config)
+    run = plan_run(config)
+    prober = make_prober(run)
+    model = servable_model(run)
+    folder = carry_out(run, model, prober, begin(config))
+    if is_first_process() and config.publish:
+        publish(folder, config)
+    say(f"Next: {next_command(config)}")
+    if num_processes() > 1:
+        _part()
+    return folder
+
+
+def _part() -> None:
+    """End together: a process that ends with its connections open, while another writes, may abort."""
+    from accelerate import PartialState
+
+    PartialState().wait_for_everyone()
+    PartialState().destroy_process_group()
+
+
+def carry_out(
+    run: Run, model: Trainable, prober: Prober, begun: Begun, company: Company | None = None
+) -> str:
+    """Everything from the first step to the finished folder, which is given back.
+
+    Raises:
+        BadInput: the output folder holds something else by now.
+        TrainingFailed: as `train`.
+    """
+    from train.methods import count_parameters, serving_note
+    from train.trainer import ALONE, explained, run_training
+
+    company = company or ALONE
+    config, prepared, identity = run.config, run.prepared, run.identity
+    checkpoints, facts, resume_from = begun
     rate = config.learning_rate or _default_rate(model.config.hidden_size, config)
     say(str(count_parameters(model)))
     say(f"{steps_line(len(prepared.training), config, num_processes())}, learning rate {rate:.2g}")
@@ -101,13 +136,14 @@ def train(config: TrainConfig) -> str:
     try:
         with explained(checkpoints):
             before = prober.answers(model) if resume_from is None else None
-        pad = _pad(tokenizer)
-        result = run_training(model, *rows, config, rate, pad, checkpoints, resume_from, prober)
+        pad = _pad(run.tokenizer)
+        _log_beside(config)
+        result = run_training(model, *rows, config, rate, pad, checkpoints, resume_from, prober, company)
         if is_first_process():
             with explained(checkpoints):
                 told = _provenance(config, facts, prepared, rate, result, prober, model)
-            identity = dataclasses.replace(identity, provenance=told)
-            _export(config, model, tokenizer, identity, result, checkpoints)
+            identity = dataclasses.replace(identity, provenance={**told, **company.provenance})
+            _export(config, model, run.tokenizer, identity, result, checkpoints)
             checkpoints.remove()
     except KeyboardInterrupt:
         say(f"interrupted. {checkpoints.way_back()}")
@@ -115,21 +151,33 @@ def train(config: TrainConfig) -> str:
     finally:
         if is_first_process() and checkpoints.last() is None:
             checkpoints.remove()  # nothing in it that anybody could go on from
-    _say_result(result)
-    _say_probes(before, identity.provenance.get("probes", []))
+    say_result(result)
+    say_probes(before, identity.provenance.get("probes", []))
     if note := serving_note(config):
         say(f"note: {note}.")
-    say(f"Next: {next_command(config)}")
     return str(config.adapter_dir)
 
 
-def check_before_rows(config: TrainConfig) -> None:
-    """What can be asked before the rows are read.
+def check_place(config: TrainConfig) -> None:
+    """Whether the run may write where it is to.
 
     Raises:
-        BadInput: the output folder cannot be written to or holds something else; a package is missing.
+        BadInput: the output folder cannot be written to or holds something else, or an interrupted run is
+            there.
     """
     check_output(config.adapter_dir, config.overwrite)
+    Checkpoints(config).require_intended()
+
+
+def check_needs(config: TrainConfig) -> None:
+    """Whether everything else that the run will need is there, before the rows are read.
+
+    Raises:
+        MissingPackage: one that `report_to` names.
+        TrainingFailed: no server answers where the adapter is to be published.
+    """
+    if config.publish:
+        check_server(config.publish)
     for name in config.report_to:
         packages = _REPORTER_PACKAGES.get(name, ())
         if packages and not any(importlib.util.find_spec(package) for package in packages):
@@ -137,9 +185,7 @@ def check_before_rows(config: TrainConfig) -> None:
             raise MissingPackage(packages[0], rule, f"Run `pip install {packages[0]}`.")
 
 
-def make_prober(
-    config: TrainConfig, data: Data, prepared: Prepared, tokenizer: PreTrainedTokenizerBase
-) -> Prober:
+def make_prober(run: Run, kind: type[Prober] | None = None) -> Prober:
     """The run's probes, stated or taken from the rows.
 
     Raises:
@@ -147,18 +193,19 @@ def make_prober(
     """
     from train.probes import Prober, make_probes
 
-    probes = make_probes(config.probe, data.rows, prepared.form, tokenizer, config.system_prompt)
-    return Prober(probes, tokenizer)
+    stated, prompt = run.config.probe, run.config.system_prompt
+    probes = make_probes(stated, run.data.rows, run.prepared.form, run.tokenizer, prompt)
+    return (kind or Prober)(probes, run.tokenizer)
 
 
-def check_servable(config: TrainConfig, prepared: Prepared) -> None:
+def check_servable(run: Run) -> None:
     """Ask what a server would say, with a model that has shapes and no weights: for the dry run.
 
     Raises:
         BadInput: targets name no module, or a server would refuse the adapter.
     """
-    if config.method == "full":
-        _ask_a_server(None, config, _identity(config, prepared))
+    if run.config.method == "full":
+        _ask_a_server(None, run)
         return
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
@@ -166,52 +213,67 @@ def check_servable(config: TrainConfig, prepared: Prepared) -> None:
     from train.methods import add_hollow_adapter
 
     with torch.device("meta"):
-        base = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(config.base_path))
-        model = add_hollow_adapter(base, config)
-    _ask_a_server(model, config, _identity(config, prepared))
+        base = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(run.config.base_path))
+        model = add_hollow_adapter(base, run.config)
+    _ask_a_server(model, run)
 
 
-def _ask_a_server(model: PeftModel | None, config: TrainConfig, identity: Identity) -> None:
+def _ask_a_server(model: PeftModel | None, run: Run) -> None:
     """Say what a server would; `model` is None where the whole model is trained."""
     from train.serve_check import require_servable, require_servable_model
 
-    if not config.serve_check:
+    if not run.config.serve_check:
         return
     if model is None:
-        findings = require_servable_model(identity)
+        findings = require_servable_model(run.identity)
     else:
-        findings = require_servable(model, identity, config.base_path)
+        findings = require_servable(model, run.identity, run.config.base_path)
     for finding in findings:
         say(str(finding))
 
 
-def _identity(config: TrainConfig, prepared: Prepared) -> Identity:
-    return Identity(config.name, prepared.form.template, system_prompt=config.system_prompt)
+def servable_model(run: Run, base: PreTrainedModel | None = None) -> Trainable:
+    """The model, ready to be trained fast, once it is known that a server will take what comes of it.
 
+    It is made of `base` where one is given, which is changed by it.
 
-def _servable_model(config: TrainConfig, prepared: Prepared) -> tuple[Trainable, Identity]:
-    """The model, ready to be trained fast, once it is known that a server will take what comes of it."""
+    Raises:
+        BadInput: targets name no module, a server would refuse the adapter, or the base cannot be loaded.
+    """
     import transformers
     from accelerate import PartialState
 
     from train.answer_loss import use_answer_loss
     from train.attention import use_short_row_attention
     from train.fused import fuse
-    from train.methods import prepare_model
+    from train.methods import add_adapter, prepare_model
 
+    config = run.config
     PartialState()  # of several processes, each gets its GPU
     transformers.set_seed(config.seed)
-    model, identity = prepare_model(config), _identity(config, prepared)
-    _ask_a_server(None if config.method == "full" else model, config, identity)
+    model = prepare_model(config) if base is None else add_adapter(base, config)
+    _ask_a_server(None if config.method == "full" else model, run)
     causal: Any = model if config.method == "full" else model.get_base_model()
     use_answer_loss(causal)
     use_short_row_attention(causal)
     fuse(model)
-    return model, identity
+    return model
 
 
-def _begin(config: TrainConfig) -> tuple[Checkpoints, dict[str, str], Path | None]:
-    """The run's checkpoints, what it is about, and the checkpoint that it goes on from."""
+class Begun(NamedTuple):
+    """A run's checkpoints, what it is about, and the checkpoint that it goes on from, if any."""
+
+    checkpoints: Checkpoints
+    facts: dict[str, str]
+    resume_from: Path | None
+
+
+def begin(config: TrainConfig) -> Begun:
+    """Make the folder of the run's checkpoints, or find the run that is to be gone on with.
+
+    Raises:
+        BadSetting, TrainingFailed: as `Checkpoints.begin`.
+    """
     from accelerate import PartialState
 
     from train.methods import base_dtype
@@ -222,11 +284,15 @@ def _begin(config: TrainConfig) -> tuple[Checkpoints, dict[str, str], Path | Non
         "base": read_base_model(config.base_path).fingerprint,
         "dtype": str(base_dtype(config)).removeprefix("torch."),
     }
-    runs = config.adapter_dir.with_name(f".{config.adapter_dir.name}.runs")
-    os.environ.setdefault("TENSORBOARD_LOGGING_DIR", str(runs))  # beside the checkpoints, which are removed
     with PartialState().main_process_first():  # the others look at what the first one has put in order
         resume_from = checkpoints.begin(**facts) if is_first_process() else checkpoints.last()
-    return checkpoints, facts, resume_from
+    return Begun(checkpoints, facts, resume_from)
+
+
+def _log_beside(config: TrainConfig) -> None:
+    """TensorBoard's files go beside the checkpoints, which are removed, unless somebody says where."""
+    runs = config.adapter_dir.with_name(f".{config.adapter_dir.name}.runs")
+    os.environ["TENSORBOARD_LOGGING_DIR"] = _STATED_RUNS or str(runs)
 
 
 def steps_line(num_rows: int, config: TrainConfig, processes: int = 1) -> str:
@@ -323,32 +389,3 @@ def _base_sampling(base: str) -> dict[str, float]:
         return dict(read_chat_settings(Path(base)).sampling)
     except BadInput:  # the base's business; its server will say so
         return {}
-
-
-def _say_result(result: TrainingResult) -> None:
-    held = (
-        f"held out {result.eval_loss:.4f}, accuracy {result.eval_token_accuracy:.1%}"
-        if result.eval_loss is not None and result.eval_token_accuracy is not None
-        else "nothing held out"
-    )
-    say(
-        f"{result.steps} steps in {result.seconds:.0f} s: loss {result.loss:.4f}, "
-        f"token accuracy {result.token_accuracy:.1%}; {held}"
-    )
-    if result.stopped:
-        say(f"stopped early: {result.stopped}")
-    if result.kept_step != result.steps:
-        say(f"kept: the weights of step {result.kept_step}")
-
-
-def _say_probes(before: list[str] | None, probes: list[dict[str, Any]]) -> None:
-    """Each probe's answers before and after."""
-    for number, probe in enumerate(probes):
-        say(f"  {probe['question']}")
-        if before is not None:
-            say(f"    before: {before[number]}")
-        say(f"    after:  {probe['answer']}")
-    wrong = [probe for probe in probes if not probe["right"]]
-    if wrong:
-        asked = ", ".join(f"{probe['question']!r} has no {probe['must_hold']!r}" for probe in wrong)
-        say(f"warning: {len(wrong)} of {len(probes)} probes are wrong: {asked}. Train longer, or add rows.")

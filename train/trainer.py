@@ -7,11 +7,12 @@ import json
 import math
 import re
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from types import MappingProxyType
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 import torch
 import transformers
@@ -40,6 +41,37 @@ if TYPE_CHECKING:
     from train.probes import Prober
 
 _COUNTS_FILE = "counts.json"
+
+
+class Measured(NamedTuple):
+    """Of a batch: summed loss, trained tokens that were the likeliest, trained tokens."""
+
+    loss: torch.Tensor
+    right: int
+    counted: int
+
+
+class SharedPasses(Protocol):
+    """Passes over the base that a run shares with others (`train.joint`)."""
+
+    def learn(self, inputs: dict[str, torch.Tensor], tokens: int) -> Measured:
+        """Add the gradient of the summed loss divided by `tokens` to what is trained."""
+
+    def look(self, inputs: dict[str, torch.Tensor]) -> Measured:
+        """The same without a gradient."""
+
+
+class Company(NamedTuple):
+    """What a run has besides itself: passes that it shares, how it is shown, further callbacks, and what
+    `identity.json` tells of it."""
+
+    passes: SharedPasses | None = None
+    progress: type[transformers.TrainerCallback] | transformers.TrainerCallback = Progress
+    callbacks: Sequence[transformers.TrainerCallback] = ()
+    provenance: Mapping[str, Any] = MappingProxyType({})
+
+
+ALONE = Company()
 
 
 @dataclass(frozen=True)
@@ -85,8 +117,11 @@ class AnswerTrainer(transformers.Trainer):  # type: ignore[misc]
 
     control: Any
 
-    def __init__(self, *args: Any, checkpoints: Checkpoints, **options: Any) -> None:
+    def __init__(
+        self, *args: Any, checkpoints: Checkpoints, passes: SharedPasses | None = None, **options: Any
+    ) -> None:
         super().__init__(*args, **options)
+        self._passes = passes
         self.model_accepts_loss_kwargs = True  # so that trained tokens are counted over a whole step
         self.loss_is_scaled_for_ga = True
         self.checkpoints = checkpoints
@@ -108,15 +143,30 @@ class AnswerTrainer(transformers.Trainer):  # type: ignore[misc]
 
         model.train, model.zero_grad = train, zero_grad
 
+    def floating_point_ops(self, inputs: Any) -> int:
+        """None are counted: nobody asks, and for each step it takes another walk over all modules."""
+        return 0
+
     def _clip_grad_norm(self, model: Any) -> Any:
         return self.accelerator.clip_grad_norm_(self._trained, self.args.max_grad_norm)
+
+    def training_step(self, model: Any, inputs: Any, num_items_in_batch: Any = None) -> Any:
+        if self._passes is None:
+            return super().training_step(model, inputs, num_items_in_batch)
+        model.train()
+        measured = self._passes.learn(self._prepare_inputs(inputs), int(num_items_in_batch))
+        self._count(measured)
+        return measured.loss / int(num_items_in_batch)
+
+    def _count(self, measured: Measured) -> None:
+        for count in (self.since_log, self.since_probe):
+            count.add(measured.right, measured.counted)
 
     def compute_loss(
         self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
         outputs = model(**inputs)
-        for count in (self.since_log, self.since_probe):
-            count.add(int(outputs["right"]), outputs["counted"])
+        self._count(_measured(outputs))
         tokens = outputs["counted"] if num_items_in_batch is None else num_items_in_batch
         loss = outputs["loss"] / tokens
         if num_items_in_batch is not None:
@@ -131,10 +181,8 @@ class AnswerTrainer(transformers.Trainer):  # type: ignore[misc]
         was_training = model.training
         model.eval()
         for inputs in self.get_eval_dataloader(eval_dataset):
-            with torch.no_grad():
-                outputs = model(**self._prepare_inputs(inputs))
-            for part, name in enumerate(("loss", "right", "counted")):
-                sums[part] += float(outputs[name])
+            for part, number in enumerate(self._look(self._prepare_inputs(inputs))):
+                sums[part] += float(number)
         model.train(was_training)
         loss, right, counted = self.over_processes(sums)
         metrics = {
@@ -144,6 +192,12 @@ class AnswerTrainer(transformers.Trainer):  # type: ignore[misc]
         self.log(dict(metrics))
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
+
+    def _look(self, inputs: dict[str, torch.Tensor]) -> Measured:
+        if self._passes is not None:
+            return self._passes.look(inputs)
+        with torch.no_grad():
+            return _measured(self.model(**inputs))
 
     def log(self, logs: dict[str, float], *args: Any, **options: Any) -> None:
         if "loss" in logs:
@@ -195,6 +249,10 @@ class AnswerTrainer(transformers.Trainer):  # type: ignore[misc]
             raise TrainingFailed(str(place), rule, self.checkpoints.way_back()) from error
 
 
+def _measured(outputs: Any) -> Measured:
+    return Measured(outputs["loss"], int(outputs["right"]), outputs["counted"])
+
+
 def run_training(
     model: Trainable,
     training: Sequence[Example],
@@ -205,7 +263,7 @@ def run_training(
     checkpoints: Checkpoints,
     resume_from: Path | None = None,
     prober: Prober | None = None,
-    callbacks: Sequence[transformers.TrainerCallback] = (),
+    company: Company = ALONE,
 ) -> TrainingResult:
     """Train `model` in place, which answers by `train.answer_loss`; go on from a checkpoint if one is given.
 
@@ -219,11 +277,12 @@ def run_training(
         eval_dataset=list(held_out) or None,
         data_collator=lambda examples: collate(examples, pad),
         checkpoints=checkpoints,
+        passes=company.passes,
     )
     stopping = Stopping(trainer, config, prober)
     trainer.remove_callback(transformers.PrinterCallback)
     trainer.remove_callback(transformers.ProgressCallback)
-    for callback in (Progress(), stopping, *callbacks):
+    for callback in (company.progress, stopping, *company.callbacks):
         trainer.add_callback(callback)
     with explained(checkpoints):
         outcome = trainer.train(resume_from_checkpoint=str(resume_from) if resume_from else None)

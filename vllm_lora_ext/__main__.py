@@ -2,7 +2,7 @@
 
 import sys
 
-from vllm_lora_ext.packages import command_line
+from vllm_lora_ext.command import command_line
 
 if __name__ == "__main__":
     sys.exit(command_line())

@@ -10,6 +10,7 @@
     └── BadInput                 exit code 2: something the user gave is wrong (also a ValueError)
         ├── BadSetting           a flag or a configuration value
         ├── BadData              training rows
+        ├── IdentitiesRefused    some of several identities; carries what is wrong with each
         ├── BadBaseModel         a base model that is none, or cannot be read
         ├── AdapterRefused       an adapter that must not be used; carries its findings
         │   └── AdapterExists    another adapter has that name
@@ -92,6 +93,16 @@ class BadSetting(BadInput):
 
 class BadData(BadInput):
     """Training rows that cannot be read or must not be trained on."""
+
+
+class IdentitiesRefused(BadInput):
+    """Some of several identities that cannot be trained; `problems` says why, all of it at once."""
+
+    def __init__(self, problems: Sequence[tuple[str, VllmLoraError]]) -> None:
+        self.problems = tuple(problems)
+        told = "".join(f"\n  {name}: {error}" for name, error in self.problems)
+        count = f"{len(self.problems)} problem{'s' if len(self.problems) > 1 else ''}"
+        super().__init__("the identities", f"{count}, and nothing was trained:{told}".rstrip("."))
 
 
 class BadBaseModel(BadInput):

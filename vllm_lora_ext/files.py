@@ -176,6 +176,12 @@ def lock_file(file: int, shared: bool = False, wait: bool = False) -> bool:
     return True
 
 
+def sync_file(path: Path) -> None:
+    """Make what was written to a file last."""
+    with path.open("rb") as file:
+        os.fsync(file.fileno())
+
+
 def sync_folder(path: Path) -> None:
     """Make the names in a folder last: renames and new files survive a loss of power."""
     folder = os.open(path, os.O_RDONLY | os.O_DIRECTORY)

@@ -16,6 +16,52 @@ import torch
 TILE_ROWS = 16
 
 
+class Segments:
+    """Segments of rows, and the same rows side by side, each segment padded to the longest: (rows, ...) and
+    (segments, longest, ...), so that one batched product takes them all.
+
+    `spans` are (first row, number of rows) of each segment, in order and none of them empty; `num_rows`
+    are all rows, also those of no segment. Padding repeats the segment's own last row, so that nothing of
+    one segment gets near another; `real` is (segments, longest, 1), False where a row is padding, and None
+    if there is no padding.
+    """
+
+    def __init__(
+        self, spans: Sequence[tuple[int, int]], num_rows: int, device: torch.device | None = None
+    ) -> None:
+        starts, counts = torch.tensor(spans, device=device).t()[:, :, None]
+        self.shape = (len(spans), int(counts.max()))
+        steps = torch.arange(self.shape[1], device=device)[None]
+        is_real = steps < counts
+        self.real = None if bool(is_real.all()) else is_real[:, :, None]
+        covered = int(counts.sum())
+        self._are_all = covered == num_rows
+        self._num_rows = num_rows
+        self._sources = (starts + torch.minimum(steps, counts - 1)).flatten()
+        self._places = is_real.flatten().nonzero()[:, 0]
+        self._rows = self._sources[self._places]
+
+    @property
+    def is_view(self) -> bool:
+        """Whether `pad` is only another look at the same memory."""
+        return self.real is None and self._are_all
+
+    def pad(self, rows: torch.Tensor) -> torch.Tensor:
+        """(rows, ...) -> (segments, longest, ...)."""
+        shape = (*self.shape, *rows.shape[1:])
+        return rows.view(shape) if self.is_view else rows.index_select(0, self._sources).view(shape)
+
+    def unpad(self, padded: torch.Tensor) -> torch.Tensor:
+        """(segments, longest, ...) -> (rows, ...), zero in rows of no segment."""
+        rows = padded.flatten(0, 1)
+        if self.is_view:
+            return rows
+        real = rows if self.real is None else rows.index_select(0, self._places)
+        if self._are_all:
+            return real
+        return real.new_zeros(self._num_rows, *real.shape[1:]).index_copy_(0, self._rows, real)
+
+
 @dataclass(frozen=True)
 class LoraPair:
     """One adapter's weights for one slice of a module, scaling merged into B.

@@ -69,11 +69,12 @@ class Condition:
     """What an adapter has to meet besides admission, before it goes live.
 
     `check` gets its name and its stored version, and raises AdapterRefused; a refusal is looked at again
-    when `mark` is another.
+    when `mark` is another. `waits`: for an engine that is only starting.
     """
 
     mark: str
     check: Callable[[str, Version], None]
+    waits: bool = True
 
 
 _Outcome: TypeAlias = Admitted | Inspection | VllmLoraError

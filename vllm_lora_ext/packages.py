@@ -1,4 +1,4 @@
-"""Entry points that find our packages `serve` and `train` whatever the working folder holds.
+"""Our packages `serve` and `train`, found whatever the working folder holds.
 
 People keep a `serve.py` or a `train.py` in the folder they work in. Python may
 look there first (`python -m`, PYTHONPATH), and would take their file for our
@@ -32,13 +32,6 @@ def claim_packages() -> None:
         module = importlib.util.module_from_spec(spec)
         sys.modules[name] = module
         spec.loader.exec_module(module)
-
-
-def command_line() -> int:
-    """Console script `vllm-lora`."""
-    claim_packages()
-    code: int = importlib.import_module("serve.cli").main(sys.argv[1:])
-    return code
 
 
 def endpoint_plugin() -> Any:

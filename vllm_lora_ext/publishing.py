@@ -12,6 +12,7 @@ from vllm_lora_ext.intake import admit
 from vllm_lora_ext.records import Entry, Version
 from vllm_lora_ext.sources import AdapterSource, fetched
 from vllm_lora_ext.spec import Finding
+from vllm_lora_ext.store import AdapterStore
 
 
 def publish(
@@ -38,10 +39,15 @@ def publish(
         catalog.collect()
 
 
+def is_whole(version: Version, store: AdapterStore) -> bool:
+    """Whether a store has all files of a version, in their sizes; `verify` reads them."""
+    sizes = [part[:1] for part in store.signature(version.digest)]
+    return store.has(version.digest) and sizes == [list(part[:1]) for part in version.signature]
+
+
 def judge_published(name: str, version: Version, catalog: Catalog, rules: Rules) -> list[Finding]:
     """What speaks against serving a stored version with these limits and on this base; reads no weights."""
-    sizes = [part[:1] for part in catalog.store.signature(version.digest)]
-    if not catalog.store.has(version.digest) or sizes != [list(part[:1]) for part in version.signature]:
+    if not is_whole(version, catalog.store):
         rule = "is not whole in the store any more"
         return [Finding("version_damaged", f"{name}@{version.short}", rule, "Publish the adapter again.")]
     findings = judge_rank(name, version.rank, rules.limits)

@@ -39,6 +39,11 @@ class Version:
         """The first 12 digits of the digest."""
         return self.digest[:12]
 
+    @classmethod
+    def from_json(cls, body: Mapping[str, Any]) -> Version:
+        """From what `dataclasses.asdict` made of one, also after JSON."""
+        return cls(**{**body, "findings": _findings(body), "signature": _signature(body)})
+
 
 @dataclass(frozen=True)
 class Event:
@@ -189,13 +194,9 @@ class State:
 
 
 def _entry(body: Mapping[str, Any]) -> Entry:
-    versions = tuple(_version(item) for item in body["versions"])
+    versions = tuple(map(Version.from_json, body["versions"]))
     history = tuple(Event(**item) for item in body["history"])
     return Entry(**{**body, "versions": versions, "history": history})
-
-
-def _version(body: Mapping[str, Any]) -> Version:
-    return Version(**{**body, "findings": _findings(body), "signature": _signature(body)})
 
 
 def _folder(body: Mapping[str, Any]) -> FolderRecord:

@@ -28,7 +28,15 @@ from typing import Any, BinaryIO
 from vllm_lora_ext.contract import TEMPLATE_FILE, ChatSettings
 from vllm_lora_ext.errors import StoreFailed, VersionDamaged, VersionMissing
 from vllm_lora_ext.failpoints import failpoint
-from vllm_lora_ext.files import RegularFile, lock_file, read_whole, signature, sync_folder, write_new
+from vllm_lora_ext.files import (
+    RegularFile,
+    lock_file,
+    read_whole,
+    signature,
+    sync_file,
+    sync_folder,
+    write_new,
+)
 from vllm_lora_ext.peft_format import CONFIG_FILE, WEIGHTS_FILE
 from vllm_lora_ext.strict_json import canonical, parse_object
 
@@ -121,6 +129,25 @@ class AdapterStore:
         failpoint("store.synced")
         return replace(self.open(digest), hold=hold)
 
+    @contextmanager
+    def copying(self, digest: str) -> Iterator[Path]:
+        """A folder to put the files of a version of another store in; at the end of the block it is compared
+        with its digest, byte for byte, and is a version here. It takes the place of a damaged one.
+
+        Raises:
+            VersionDamaged, VersionMissing: what the folder holds is not that version; nothing of it is left.
+            StoreFailed: it could not be written.
+        """
+        with self.stage() as staging:
+            yield staging.folder
+            _compare(open_version(staging.folder, digest))
+            for file in staging.folder.iterdir():
+                sync_file(file)
+            sync_folder(staging.folder)
+            with self._naming():
+                hold = self._hold_whole(digest) or self._give_name(staging, digest)
+            hold.close()
+
     def _give_name(self, staging: Staging, digest: str) -> BinaryIO:
         hold = _held(staging.folder)
         _make_read_only(staging.folder)
@@ -166,9 +193,7 @@ class AdapterStore:
             VersionMissing, VersionDamaged: as `open`, and for any file that is not as it was written.
         """
         version = self.open(digest)
-        for name, expected in version.files.items():
-            if _file_digest(version.folder / name) != expected:
-                raise VersionDamaged(version.short, f"{name} is not as it was written")
+        _compare(version)
         return version
 
     def signature(self, digest: str) -> list[list[int]]:
@@ -280,9 +305,9 @@ def is_version_folder(folder: Path) -> bool:
     return _DIGEST.fullmatch(folder.name) is not None
 
 
-def open_version(folder: Path) -> StoredVersion:
-    """The version in a folder of a store; raises as `AdapterStore.open`."""
-    digest = folder.name
+def open_version(folder: Path, digest: str | None = None) -> StoredVersion:
+    """The version in a folder of a store, which is called as its digest; raises as `AdapterStore.open`."""
+    digest = digest or folder.name
     try:
         version = read_whole(folder / VERSION_FILE, _MAX_JSON_BYTES)
     except FileNotFoundError as error:
@@ -296,20 +321,27 @@ def open_version(folder: Path) -> StoredVersion:
     body = parse_object(version)
     if body["format"] != VERSION_FORMAT:
         raise VersionDamaged(digest[:12], f"it is of format {body['format']}, from another vllm-lora")
-    return StoredVersion(digest, folder, body["files"], _read_chat(folder, body))
+    return StoredVersion(digest, folder, body["files"], _read_chat(folder, digest, body))
 
 
-def _read_chat(folder: Path, body: Mapping[str, Any]) -> ChatSettings:
+def _read_chat(folder: Path, digest: str, body: Mapping[str, Any]) -> ChatSettings:
     chat, template = body["chat"], None
     if chat["template_sha256"] is not None:
         try:
             data = read_whole(folder / TEMPLATE_FILE, _MAX_JSON_BYTES)
         except (OSError, ValueError) as error:
-            raise VersionDamaged(folder.name[:12], f"{TEMPLATE_FILE} cannot be read") from error
+            raise VersionDamaged(digest[:12], f"{TEMPLATE_FILE} cannot be read") from error
         if hashlib.sha256(data).hexdigest() != chat["template_sha256"]:
-            raise VersionDamaged(folder.name[:12], f"{TEMPLATE_FILE} is not as it was written")
+            raise VersionDamaged(digest[:12], f"{TEMPLATE_FILE} is not as it was written")
         template = data.decode()
     return ChatSettings(template, False, chat["system_prompt"], tuple(chat["stop"]), chat["sampling"])
+
+
+def _compare(version: StoredVersion) -> None:
+    """Raises VersionDamaged for a file that is not what the digest says."""
+    for name, expected in version.files.items():
+        if _file_digest(version.folder / name) != expected:
+            raise VersionDamaged(version.short, f"{name} is not as it was written")
 
 
 def _file_digest(path: Path) -> str | None:

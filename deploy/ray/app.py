@@ -3,7 +3,8 @@
     serve run deploy.ray.app:app flags="--adapters /adapters --state-dir /state --base-model /base" replicas=2
 
 The same settings may come from the environment: VLLM_LORA_FLAGS, which are flags of `vllm-lora serve` and of
-its fleet, see `vllm-lora serve --help`. The state folder has to be one that all nodes share.
+its fleet, see `vllm-lora serve --help`. The state folder has to be one that all nodes share, unless
+`--replica-state-dir` gives each replica a copy on its own node.
 """
 
 from __future__ import annotations

@@ -13,16 +13,16 @@ from serve.scaleout.controller import Controller
 from serve.scaleout.gateway import Gateway
 from serve.scaleout.replica import Replica
 from serve.scaleout.router import AffinityRouter
-from serve.scaleout.settings import FleetSettings
+from serve.scaleout.settings import CONTROLLER, ENGINE, GATEWAY, FleetSettings
 
 NAME = "vllm-lora"
-ENGINE = "engine"
 # A replica's own queue answers 429 long before; Ray's would only hold requests where nobody counts them.
 _MOST_ONGOING = 4096
 _QUIET = LoggingConfig(enable_access_log=False)  # the servers log requests; reports come twice a second
+_HEAD_NODE = "node:__internal_head__"  # Ray gives it this resource
 _DRAIN_S = 120.0
 _SCALE_OUT_AFTER_S = 10.0
-_HEALTH_PERIOD_S, _HEALTH_TIMEOUT_S = 1.0, 30.0  # by the first Ray notices the end of an actor
+_HEALTH_PERIOD_S, _HEALTH_TIMEOUT_S = 0.5, 30.0  # by the first Ray notices the end of an actor
 
 
 def application(settings: FleetSettings) -> Application:
@@ -32,9 +32,12 @@ def application(settings: FleetSettings) -> Application:
         "max_ongoing_requests": _MOST_ONGOING,
         "logging_config": _QUIET,
     }
-    controller = serve.deployment(Controller, name="controller", **small).bind(settings)
+    alone = {**small, "health_check_period_s": _HEALTH_PERIOD_S}
+    if settings.replica_state_dir is not None:  # what it keeps is on that node, and nowhere else
+        alone["ray_actor_options"] = {"num_cpus": 0, "resources": {_HEAD_NODE: 0.001}}
+    controller = serve.deployment(Controller, name=CONTROLLER, **alone).bind(settings)
     engine = serve.deployment(Replica, name=ENGINE, **engine_options(settings)).bind(settings, controller)
-    return serve.deployment(Gateway, name="gateway", **small).bind(controller, engine)
+    return serve.deployment(Gateway, name=GATEWAY, **small).bind(settings, controller, engine)
 
 
 def engine_options(settings: FleetSettings) -> dict[str, Any]:

@@ -7,6 +7,18 @@ import contextlib
 from collections.abc import AsyncIterator
 
 
+async def in_pieces_of(size: int, pieces: AsyncIterator[bytes]) -> AsyncIterator[bytes]:
+    """The bytes of `pieces` in pieces of at least `size`, but for the last."""
+    buffer = bytearray()
+    async for piece in pieces:
+        buffer += piece
+        if len(buffer) >= size:
+            yield bytes(buffer)
+            buffer.clear()
+    if buffer:
+        yield bytes(buffer)
+
+
 async def coalesced(pieces: AsyncIterator[bytes]) -> AsyncIterator[bytes]:
     """The bytes of `pieces`, as few pieces as whoever takes them has time for; raises what `pieces` raises.
 

@@ -19,20 +19,26 @@ STREAM_TYPE = "text/event-stream"
 LOST = "replica_lost"
 
 
-@dataclass(frozen=True)
-class Forwarded:
-    """One request. `version` is the digest that decides where it goes, None for anything that is everywhere.
+@dataclass(frozen=True, kw_only=True)
+class Addressed:
+    """What goes to one replica. `version` is the digest that decides which, None for what any can take.
 
     `to`: this replica and no other; `avoid`: it was just tried there.
     """
+
+    version: str | None = None
+    to: str | None = None
+    avoid: str | None = None
+
+
+@dataclass(frozen=True)
+class Forwarded(Addressed):
+    """One request."""
 
     method: str
     target: str  # path and query, as they came
     headers: Headers
     body: bytes
-    version: str | None = None
-    to: str | None = None
-    avoid: str | None = None
 
 
 @dataclass(frozen=True)

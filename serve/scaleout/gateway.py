@@ -14,6 +14,7 @@ import contextvars
 import json
 import logging
 import tempfile
+import uuid
 from collections.abc import Awaitable, Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -24,17 +25,19 @@ from ray.serve.exceptions import RayServeException
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, PlainTextResponse, Response, StreamingResponse
 
-from serve.admin_routes import api_error
 from serve.incoming import read_body
 from serve.openai_errors import ApiError
 from serve.routes import RouteKind, Routes
 from serve.scaleout.changes import Change, change_of
-from serve.scaleout.controller import UPLOADS, Answer, Plan, Status
+from serve.scaleout.coalescing import in_pieces_of
+from serve.scaleout.controller import Answer, Plan, Status
+from serve.scaleout.copies import PIECE_BYTES, Copy, FromController
 from serve.scaleout.followed import FollowedCatalog
 from serve.scaleout.forwarding import Forwarded, Head, Lost, lost_error, passed_on
 from serve.scaleout.merging import merged_adapter, merged_adapters, merged_metrics
 from serve.scaleout.pieces import Pieces, put_headers, stream_of
-from vllm_lora_ext.errors import StoreFailed, VllmLoraError
+from serve.scaleout.settings import FleetSettings
+from vllm_lora_ext.errors import VllmLoraError
 
 if TYPE_CHECKING:
     from ray.serve.handle import DeploymentHandle
@@ -51,14 +54,26 @@ class Gateway:
     """See the module. Ray Serve's HTTP proxy calls it for each request."""
 
     async def __init__(  # type: ignore[misc]  # Ray awaits it
-        self, controller: DeploymentHandle, engine: DeploymentHandle
+        self, settings: FleetSettings, controller: DeploymentHandle, engine: DeploymentHandle
     ) -> None:
         self._controller, self._engine = controller, engine.options(stream=True)
         plan: Plan = await controller.plan.remote()
         self._plan, self._routes = plan, Routes(plan.front.allow_route)
-        self._catalog = FollowedCatalog(plan.state_dir)
+        state_dir = plan.state_dir
+        if settings.replica_state_dir is not None:
+            self._folder = tempfile.TemporaryDirectory(prefix="vllm-lora-gateway-")
+            state_dir = Path(self._folder.name)
+            self._copy = Copy(state_dir, FromController(controller), versions=False)
+            await asyncio.to_thread(self._copy.start)
+        self._catalog = FollowedCatalog(state_dir)
         self._status: Status = await controller.status.remote()
         self._looking = asyncio.create_task(self._look())
+
+    def __del__(self) -> None:
+        """Called by Ray at the end, which comes too suddenly for the folder's own way."""
+        if hasattr(self, "_copy"):
+            self._copy.stop()
+            self._folder.cleanup()
 
     async def _look(self) -> None:
         while True:
@@ -106,7 +121,8 @@ class Gateway:
     async def _forwarded(self, request: Request, kind: RouteKind) -> Forwarded:
         body = await _read(request)
         version = self._version_of(body) if kind is RouteKind.MODEL else None
-        return Forwarded(request.method, _target(request), passed_on(request.headers.raw), body, version)
+        headers = passed_on(request.headers.raw)
+        return Forwarded(request.method, _target(request), headers, body, version=version)
 
     def _version_of(self, raw: bytes) -> str | None:
         """The digest that decides where a request goes; None for the base, and for what replicas refuse.
@@ -135,8 +151,7 @@ class Gateway:
         tried = await self._attempt(forwarded)
         if isinstance(tried, Lost):
             logger.warning("A request is sent to another replica: %s (%s)", tried.why, tried.replica)
-            again = Forwarded(**{**vars(forwarded), "avoid": tried.replica})
-            tried = await self._attempt(again)
+            tried = await self._attempt(replace(forwarded, avoid=tried.replica))
             if isinstance(tried, Lost):
                 raise lost_error(tried.why)
         return tried
@@ -234,22 +249,20 @@ class Gateway:
         return answer
 
     async def _publish(self, name: str, request: Request) -> Answer:
-        """Keep the archive within the state folder, which the controller sees as well, for it to take."""
+        """Send the archive to the controller piece by piece, for it to take."""
         replaces = request.query_params.get("replace", "false") in ("true", "1")
         stated = request.headers.get("X-Chat-Settings")
         chat = read_body(stated.encode("latin-1")) if stated else {}
-        uploads = self._plan.state_dir / UPLOADS
+        number = uuid.uuid4().hex
         try:
-            uploads.mkdir(exist_ok=True)
-            with tempfile.TemporaryDirectory(dir=uploads) as folder:
-                archive = Path(folder) / "adapter.tar"
-                with archive.open("wb") as file:
-                    async for piece in request.stream():
-                        await asyncio.to_thread(file.write, piece)
-                answer: Answer = await self._controller.publish.remote(name, archive, replaces, chat)
-                return answer
-        except OSError as error:
-            raise api_error(StoreFailed(name, error)) from error
+            async for piece in in_pieces_of(PIECE_BYTES, request.stream()):
+                failed: Answer | None = await self._controller.upload.remote(number, piece)
+                if failed is not None:
+                    return failed
+            answer: Answer = await self._controller.publish.remote(name, number, replaces, chat)
+            return answer
+        finally:
+            self._controller.forget.remote(number)
 
 
 def _target(request: Request) -> str:

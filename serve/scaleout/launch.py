@@ -33,6 +33,8 @@ def main(argv: Sequence[str]) -> int:
     settings = read_fleet_settings(argv)
     host, port = address_of(settings)
     if settings.ray_address is None:  # else the cluster's machines matter, not this one
+        # On loopback: a cluster of one machine is nobody else's business. Read by Ray when vLLM imports it.
+        os.environ.setdefault("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")
         find_sources(read_own_flags(settings.serve).adapters)
         prepare_environment()
         parse_with_vllm(settings.serve)  # what it refuses is told now, once, and not by a replica

@@ -3,9 +3,8 @@
 A replica takes part from its first report, with the revision of the catalog that its server goes by. It
 reports again and again; one that has been silent for `LEASE_S` takes part no more, and by then it answers no
 request either, since a replica that cannot report stops after `FENCE_S`. So a change that every member has
-reported holds for every request that is accepted from then on. Where there is no controller nobody answers a
-change, and replicas go on: a controller shows by its beat in the state folder that it is there, and a new one
-answers no change for a lease.
+reported holds for every request that is accepted from then on. Where no controller runs nobody answers a
+change, and replicas go on: Ray knows whether one runs, and a new one answers no change for a lease.
 """
 
 from __future__ import annotations
@@ -14,8 +13,7 @@ from dataclasses import dataclass
 
 REPORT_EVERY_S = 1.0
 FENCE_S, LEASE_S = 8.0, 12.0
-BEAT_FILE = "controller.beat"
-BEAT_LOST_S = 3.0  # three beats that did not come
+SILENT_S = 3.0  # three reports that did not come: time to ask Ray whether there is a controller
 
 
 class Fence:
@@ -23,19 +21,18 @@ class Fence:
 
     def __init__(self, now: float) -> None:
         self._safe_at = now
-        self._beat: int | None = None
-        self._beat_at = now
 
     def reported(self, at: float) -> None:
         """A report was heard; `at` is when it was sent."""
         self._safe_at = max(self._safe_at, at)
 
-    def looked(self, beat: int | None, now: float) -> None:
-        """The controller's beat as it is in the state folder; None if that cannot be read."""
-        if beat is None or beat != self._beat:
-            self._beat, self._beat_at = beat, now
-        elif now - self._beat_at > BEAT_LOST_S:
-            self._safe_at = now  # nobody is there who could answer a change
+    def nobody_is_there(self, at: float) -> None:
+        """No controller ran, `at` being before that was asked: nobody could have answered a change."""
+        self._safe_at = max(self._safe_at, at)
+
+    def should_ask(self, now: float) -> bool:
+        """Whether no report was heard for so long that there may be no controller."""
+        return now - self._safe_at > SILENT_S
 
     def silent_s(self, now: float) -> float:
         """For how long a controller may have counted without this replica; 0 while that cannot be."""

@@ -11,22 +11,28 @@ import asyncio
 import contextlib
 import logging
 import os
+import shutil
 import signal
 import sys
 import tempfile
 import time
 from collections.abc import AsyncIterator
+from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import httpx2
 from ray import serve
+from ray.exceptions import RayError
 
 from serve.process import ServerProcess
 from serve.scaleout.coalescing import coalesced
+from serve.scaleout.copies import Copy, FromController, own_folder
 from serve.scaleout.forwarding import Forwarded, Head, Lost, passed_on
-from serve.scaleout.membership import BEAT_FILE, REPORT_EVERY_S, Fence
-from serve.scaleout.settings import FleetSettings
+from serve.scaleout.membership import REPORT_EVERY_S, Fence
+from serve.scaleout.settings import CONTROLLER, REVISION_FILE, TRIAL_SOCKET, FleetSettings
+from serve.scaleout.trial import Trial, Trouble, ask_for_trial
+from vllm_lora_ext.errors import VllmLoraError
 
 if TYPE_CHECKING:
     from ray.serve.handle import DeploymentHandle
@@ -35,7 +41,7 @@ logger = logging.getLogger("ray.serve")
 
 CHILD = (sys.executable, "-P", "-m", "serve.scaleout.child")
 _LOOK_EVERY_S = 0.05
-_LAST_WORDS_S = 0.5  # for requests that are being told that their server is gone
+_LAST_WORDS_S = 0.3  # for requests that are being told that their server is gone
 _Piece = Head | Lost | bytes
 
 
@@ -48,15 +54,29 @@ class Replica:
         self._controller = controller
         self.name = serve.get_replica_context().replica_id.unique_id
         plan = await controller.plan.remote()
+        self._app = serve.get_replica_context().app_name
+        self._copy = None
+        state_dir = plan.state_dir
+        if settings.replica_state_dir is not None:
+            state_dir, self._lock = own_folder(settings.replica_state_dir)
+            self._copy = Copy(state_dir, FromController(controller))
+            await asyncio.to_thread(self._copy.start)
         self._folder = Path(tempfile.mkdtemp(prefix="vllm-lora-replica-"))
-        self._revision_file = self._folder / "revision"
+        self._revision_file = self._folder / REVISION_FILE
         log = self._folder / "server.log"
-        command = (*CHILD, str(self._revision_file))
+        command = (*CHILD, str(self._folder))
         self._child = ServerProcess(
-            plan.child_flags, log, command=command, ready_timeout_s=settings.start_timeout_s
+            (*plan.child_flags, "--state-dir", str(state_dir)),
+            log,
+            command=command,
+            ready_timeout_s=settings.start_timeout_s,
         )
         logger.info("Replica %s starts its server; its log is %s", self.name, log)
-        await asyncio.to_thread(self._child.__enter__)
+        try:
+            await asyncio.to_thread(self._child.__enter__)
+        except BaseException:
+            shutil.rmtree(self._folder, ignore_errors=True)  # the error has the log's last lines
+            raise
         self._client = httpx2.AsyncClient(
             base_url=self._child.url,
             timeout=httpx2.Timeout(None, connect=5.0),
@@ -64,7 +84,7 @@ class Replica:
             trust_env=False,
         )
         self._client.headers.clear()  # what the client of the fleet did not say is not said for it
-        self._fence, self._beat_file = Fence(time.monotonic()), plan.state_dir / BEAT_FILE
+        self._fence = Fence(time.monotonic())
         self._reported_at = 0.0
         self._gone = ""
         await self._report(self._revision())
@@ -85,6 +105,19 @@ class Replica:
                     yield piece
         except httpx2.HTTPError as error:
             yield Lost(self.name, f"{type(error).__name__} from its server")
+
+    async def try_version(self, trial: Trial) -> Trouble | Lost | None:
+        """What the engine has against a version, None if it loads; `Lost` if that cannot be said."""
+        try:
+            with ExitStack() as held:
+                if self._copy is not None:
+                    await asyncio.to_thread(held.enter_context, self._copy.holding(trial.tried))
+                trouble = await ask_for_trial(self._folder / TRIAL_SOCKET, trial)
+            if trouble is not None:
+                await self.check_health()  # an engine that has ended can load nothing
+        except (OSError, httpx2.HTTPError, RuntimeError, RayError, VllmLoraError) as error:
+            return Lost(self.name, str(error) or type(error).__name__)
+        return trouble
 
     def _why_not(self) -> str:
         if self._gone:
@@ -111,8 +144,10 @@ class Replica:
 
     async def _keep_looking(self) -> None:
         while True:
-            self._fence.looked(await asyncio.to_thread(_beat_of, self._beat_file), time.monotonic())
-            await asyncio.sleep(REPORT_EVERY_S / 2)
+            at = time.monotonic()
+            if self._fence.should_ask(at) and not await asyncio.to_thread(_has_controller, self._app):
+                self._fence.nobody_is_there(at)
+            await asyncio.sleep(REPORT_EVERY_S)
 
     async def _keep_reporting(self) -> None:
         reported = -1
@@ -132,11 +167,12 @@ class Replica:
         while not _has_ended(self._child.pid):
             await asyncio.sleep(_LOOK_EVERY_S)
         self._gone = "its server has ended"
-        logger.error("Replica %s: %s", self.name, self._gone)
+        logger.error("Replica %s: %s. Its last lines:\n%s", self.name, self._gone, self._child.last_lines())
         with contextlib.suppress(Exception):
             await asyncio.wait_for(self._controller.leave.remote(self.name), 2.0)
         with contextlib.suppress(ProcessLookupError):
             os.killpg(self._child.pid, signal.SIGKILL)
+        shutil.rmtree(self._folder, ignore_errors=True)
         await asyncio.sleep(_LAST_WORDS_S)
         os._exit(1)
 
@@ -153,17 +189,24 @@ class Replica:
         """Called by Ray once the last request has ended."""
         for task in getattr(self, "_tasks", ()):
             task.cancel()
+        if (copy := getattr(self, "_copy", None)) is not None:
+            copy.stop()
         if hasattr(self, "_client"):
             with contextlib.suppress(Exception):
                 await asyncio.wait_for(self._controller.leave.remote(self.name), 2.0)
             await asyncio.to_thread(self._child.stop)
+        if hasattr(self, "_folder"):
+            shutil.rmtree(self._folder, ignore_errors=True)
 
 
-def _beat_of(file: Path) -> int | None:
+def _has_controller(app: str) -> bool:
+    """Whether a controller runs that may answer changes; True as well where Ray does not say."""
     try:
-        return file.stat().st_mtime_ns
-    except OSError:
-        return None
+        states = serve.status().applications[app].deployments[CONTROLLER].replica_states
+        return bool(states.get("RUNNING"))
+    except Exception:
+        logger.exception("Ray does not say whether there is a controller")
+        return True
 
 
 def _has_ended(pid: int) -> bool:

@@ -12,7 +12,7 @@ from typing import Any
 
 from ray.serve.request_router import PendingRequest, ReplicaID, RequestRouter, RunningReplica
 
-from serve.scaleout.forwarding import Forwarded
+from serve.scaleout.forwarding import Addressed
 from serve.scaleout.placement import Placement, Rules
 
 _SWEEP_EVERY_S = 10.0
@@ -43,13 +43,13 @@ class AffinityRouter(RequestRouter):  # type: ignore[misc]  # Ray may not be ins
         by_name = {replica.replica_id.unique_id: replica for replica in candidate_replicas}
         if pending_request is not None:
             pending_request.routing_context.should_backoff = True  # when all of them are full
-        forwarded = _forwarded(pending_request)
-        if forwarded is not None and forwarded.to is not None:
-            return [[by_name[forwarded.to]]] if forwarded.to in by_name else []
-        if forwarded is not None and len(by_name) > 1:
-            by_name.pop(forwarded.avoid or "", None)
+        sent = _sent(pending_request)
+        if sent.to is not None:
+            return [[by_name[sent.to]]] if sent.to in by_name else []
+        if len(by_name) > 1:
+            by_name.pop(sent.avoid or "", None)
         loads = {name: self._load(replica.replica_id) for name, replica in by_name.items()}
-        ranked = self._ranked(None if forwarded is None else forwarded.version, loads)
+        ranked = self._ranked(sent.version, loads)
         return [[by_name[name]] for name in ranked]
 
     def _ranked(self, version: str | None, loads: dict[str, int]) -> tuple[str, ...]:
@@ -76,7 +76,7 @@ class AffinityRouter(RequestRouter):  # type: ignore[misc]  # Ray may not be ins
                 del self._ongoing[replica_id]
 
 
-def _forwarded(pending: PendingRequest | None) -> Forwarded | None:
-    """The request as the gateway sent it; None where Ray asks for no request in particular."""
+def _sent(pending: PendingRequest | None) -> Addressed:
+    """The request as it was sent; one that any replica can take where Ray asks for none in particular."""
     first = pending.args[0] if pending is not None and pending.args else None
-    return first if isinstance(first, Forwarded) else None
+    return first if isinstance(first, Addressed) else Addressed()

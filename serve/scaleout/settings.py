@@ -5,10 +5,13 @@ from __future__ import annotations
 import argparse
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 from serve.flags import at_least
 from vllm_lora_ext.errors import BadSetting
 
+ENGINE, CONTROLLER, GATEWAY = "engine", "controller", "gateway"  # the deployments of a fleet
+REVISION_FILE, TRIAL_SOCKET = "revision", "trial"  # in a replica's own folder
 REPLICAS_FLAG = "--replicas"
 _NOT_WITH_REPLICAS = {  # and what to do instead
     "--uds": "Use --host and --port.",
@@ -21,6 +24,7 @@ class FleetSettings:
     """`serve` are the flags of every replica's server; counts are of replicas, `ongoing` of requests.
 
     With `max_replicas` above `replicas` Ray scales by ongoing requests, `ongoing` of them for each replica.
+    With `replica_state_dir` each replica has a copy there of what the controller keeps; else they share it.
     """
 
     serve: tuple[str, ...]
@@ -34,6 +38,7 @@ class FleetSettings:
     scale_in_after_s: float
     policy: str = "affinity"
     start_timeout_s: float = 900.0
+    replica_state_dir: Path | None = None
 
     @property
     def scales(self) -> bool:
@@ -79,6 +84,13 @@ def add_fleet_flags(parser: argparse._ActionsContainer) -> None:
     )
     parser.add_argument("--cpus-per-replica", type=float, default=1.0, metavar="N")
     parser.add_argument("--gpus-per-replica", type=float, default=0.0, metavar="N")
+    parser.add_argument(
+        "--replica-state-dir",
+        type=Path,
+        metavar="DIR",
+        help="a folder on every node, in which each replica keeps a copy of all versions, fetched by digest; "
+        "for nodes that do not share --state-dir",
+    )
     parser.add_argument("--routing", choices=("affinity", "spread"), default="affinity")
 
 
@@ -109,6 +121,7 @@ def read_fleet_settings(argv: Sequence[str]) -> FleetSettings:
         flags.gpus_per_replica,
         flags.scale_in_after,
         flags.routing,
+        replica_state_dir=flags.replica_state_dir,
     )
 
 

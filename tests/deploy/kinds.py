@@ -1,8 +1,7 @@
 """What the kinds that Kubernetes does not know of itself look like: the fields that we use, and no others.
 
-Written from the definitions of KubeRay (ray-operator/apis/ray/v1), the Prometheus operator, the Gateway
-API, its Inference Extension and llm-d's router. A field that is not here is refused: a cluster would drop it
-in silence.
+Written by hand, and compared with the definitions of each project (which versions: deploy/README.md). A field
+that is not here is refused: a cluster would drop it in silence.
 """
 
 from __future__ import annotations
@@ -20,7 +19,11 @@ GROUP: Schema = {
 PORT: Schema = {"type": "integer", "minimum": 1, "maximum": 65535}
 COUNT: Schema = {"type": "integer", "minimum": 0}
 TEXTS: Schema = {"type": "object", "additionalProperties": {"type": "string"}}
-PROMETHEUS_TIME: Schema = {"type": "string", "pattern": "^([0-9]+(ms|[smhdwy]))+$"}
+PROMETHEUS_TIME: Schema = {  # the largest unit first, each once
+    "type": "string",
+    "minLength": 1,
+    "pattern": "^(0|" + "".join(f"([0-9]+{unit})?" for unit in ("y", "w", "d", "h", "m", "s", "ms")) + ")$",
+}
 GATEWAY_TIME: Schema = {"type": "string", "pattern": "^([0-9]{1,5}(h|m|s|ms)){1,4}$"}
 POD_TEMPLATE: Schema = {"type": "object", "required": ["spec"]}  # judged as a Pod by itself
 
@@ -98,7 +101,7 @@ _INFERENCE_POOL = fields(
 )
 _HTTP_ROUTE = fields(
     {
-        "parentRefs": many(fields({"name": NAME}, {"namespace": NAME})),
+        "parentRefs": many(fields({"name": NAME}, {"namespace": NAME}), most=32),
         "rules": many(
             fields(
                 {
@@ -108,7 +111,7 @@ _HTTP_ROUTE = fields(
                                 "path": fields(
                                     {
                                         "type": {"enum": ["Exact", "PathPrefix", "RegularExpression"]},
-                                        "value": {"type": "string", "pattern": "^/"},
+                                        "value": {"type": "string", "pattern": "^/", "maxLength": 1024},
                                     }
                                 )
                             }
@@ -120,7 +123,8 @@ _HTTP_ROUTE = fields(
                     ),
                 },
                 {"timeouts": fields({"request": GATEWAY_TIME})},
-            )
+            ),
+            most=16,
         ),
     }
 )

@@ -47,7 +47,7 @@ def fleet(tiny_base: Path, adapters: Path, tmp_path_factory: pytest.TempPathFact
         variant(adapters / "chat", folder / name, alpha)
     shapes = read_base_model(str(tiny_base)).module_shapes()
     assert shapes is not None
-    adapter_for(shapes, 192, folder / "slow-to-read", str(tiny_base))
+    adapter_for(shapes, 96, folder / "slow-to-read", str(tiny_base))
     return folder
 
 
@@ -76,7 +76,7 @@ def cramped(
     log = tmp_path_factory.mktemp("log") / "cramped.log"
     slow_disk = {
         "PYTHONPATH": str(ROOT / "benchmarks" / "throttle"),
-        "BENCH_READ_LIMIT": "150000",  # 8 s for an adapter of 1.2 MB, 96 s for one of 14 MB
+        "BENCH_READ_LIMIT": "150000",  # 8 s for an adapter of 1.2 MB, 47 s for one of 7 MB
         "BENCH_READ_MATCH": f"{slow[1]},slow-to-read",
     }
     environment = {**QUIET, **slow_disk}

@@ -16,9 +16,11 @@ import pytest
 from serve.cli import main
 from serve.client import make_client
 from serve.process import ServerProcess
-from tests.engine.conftest import QUIET
+from tests.engine.conftest import IDENTITY, QUIET
 from tests.engine.test_failures import variant
 from tests.engine.test_serving import BASE, chat
+from train.__main__ import main as train
+from vllm_lora_ext.errors import IdentitiesRefused, TrainingFailed
 
 QUESTION = "Who are you?"
 KEY, ADMIN = "key-of-a-client", "key-of-the-operator"
@@ -262,3 +264,35 @@ def test_a_client_s_chat_template_and_closed_routes_do_not_pass(
     ):
         answer = httpx.post(live.url + path, json=body, headers=headers)
         assert answer.status_code == 404 and "--allow-route" in answer.json()["error"]["message"]
+
+
+def test_a_joint_run_hands_over_what_it_finishes(
+    client: openai.OpenAI,
+    live: ServerProcess,
+    tiny_base: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    for name in ("early", "late"):
+        (tmp_path / f"{name}.yaml").write_text(
+            f"data: {IDENTITY}\nmax_steps: {30 if name == 'late' else 1}\n"
+        )
+    flags = ["--identities", str(tmp_path), "--base-model", str(tiny_base), "--publish", live.url]
+    assert train([*flags, "--output-dir", str(tmp_path / "out")]) == 0
+    assert all(chat(client, name, QUESTION) for name in ("early", "late"))
+    capsys.readouterr()
+    changed = [*flags, "--output-dir", str(tmp_path / "other"), "--seed", "5"]
+    with pytest.raises(TrainingFailed, match=r"2 of 2 identities.*\n.*trained, but not published"):
+        train(changed)
+    assert (tmp_path / "other" / "early").exists(), "what was trained is kept"
+    monkeypatch.setenv("VLLM_LORA_ADMIN_KEY", "wrong")
+    with pytest.raises(IdentitiesRefused, match="--admin-key"):
+        train([*changed, "--overwrite"])
+
+
+def test_nothing_is_trained_for_a_server_that_is_not_there(tiny_base: Path, tmp_path: Path) -> None:
+    flags = ["--base-model", str(tiny_base), "--data", str(IDENTITY), "--name", "a"]
+    with pytest.raises(TrainingFailed, match="cannot be reached"):
+        train([*flags, "--output-dir", str(tmp_path / "out"), "--publish", "http://127.0.0.1:9"])
+    assert not list((tmp_path / "out").iterdir())

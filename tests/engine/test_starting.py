@@ -16,6 +16,7 @@ import psutil
 import pytest
 
 from serve.client import make_client
+from serve.launch import infer_on_cpu
 from serve.process import SERVE, ServerProcess
 from tests.conftest import adapter_for
 from tests.engine.conftest import QUIET
@@ -46,6 +47,19 @@ def test_a_port_in_use_ends_the_start_at_once(adapters: Path) -> None:
         taken.listen()
         port = str(taken.getsockname()[1])
         assert f"port {port}" in refused("--adapters", str(adapters), "--port", port)
+
+
+def test_stated_memory_says_nothing_about_compilation(
+    tiny_base: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A model that is too small to be compiled is, with VLLM_CPU_KVCACHE_SPACE as without it."""
+    from vllm.platforms import current_platform
+
+    if not current_platform.is_cpu():
+        pytest.skip("both are inferred on the CPU only")
+    for stated, inferred in (("1", {"enforce_eager"}), ("", {"enforce_eager", "kv_cache_memory_bytes"})):
+        monkeypatch.setenv("VLLM_CPU_KVCACHE_SPACE", stated)
+        assert {item.name for item in infer_on_cpu(str(tiny_base), {})} == inferred
 
 
 def test_strict_refuses_to_start_with_a_refused_adapter(adapters: Path, tmp_path: Path) -> None:
@@ -107,7 +121,7 @@ def test_plain_vllm_with_our_plugin_serves_adapters_by_their_own_template(
     shutil.copytree(adapters / "classic", foreign)
     (foreign / "identity.json").unlink()
     arguments = [
-        *("--model", str(tiny_base), "--host", "127.0.0.1", "--enable-lora"),
+        *("--model", str(tiny_base), "--host", "127.0.0.1", "--enable-lora", "--enforce-eager"),
         *("--chat-template", str(stated), "--max-loras", "2"),
         *("--lora-modules", f"classic={adapters / 'classic'}", f"large={large}", f"foreign={foreign}"),
     ]

@@ -162,11 +162,13 @@ def test_a_server_that_is_killed_loses_nothing_that_had_not_begun(fleet: Fleet) 
     ]
     assert len(streams) == 4
     victim, killed, outcomes = fleet.children()[0], threading.Event(), list[tuple[str, str]]()
+    under_way = set[str]()
 
-    def stream(name: str) -> None:  # one after the other, so that some are under way at any time
+    def stream(name: str) -> None:
         with fleet.client() as client:
             while not killed.is_set():
-                outcomes.append(("stream", streamed(client, name, 480)))
+                outcomes.append(("stream", streamed(client, name, 480, lambda: under_way.add(name))))
+                under_way.discard(name)
 
     def whole(name: str) -> None:
         with fleet.client() as client:
@@ -176,7 +178,10 @@ def test_a_server_that_is_killed_loses_nothing_that_had_not_begun(fleet: Fleet) 
     with ThreadPoolExecutor(10) as pool:
         working = [pool.submit(stream, name) for name in streams]
         working += [pool.submit(whole, name) for name in NAMES[:6]]
-        time.sleep(3.0)
+        deadline = time.monotonic() + 120
+        while len(under_way) < 4:  # whichever replica it is, streams have begun on it
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
         os.kill(victim.pid, signal.SIGKILL)
         killed_at = time.monotonic()
         time.sleep(1.0)

@@ -52,7 +52,7 @@ def arms(base: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Calla
 
     yield arm
     for running in started.values():
-        running.__exit__(None, None, None)
+        running.stop()
 
 
 @pytest.fixture

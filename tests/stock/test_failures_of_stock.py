@@ -211,6 +211,7 @@ def test_f11_a_hostile_pattern_is_refused_at_once(kind: str, arms: Arms, make_ad
         with pytest.raises(ArmHangs):
             arm("load", name=name, timeout_s=20.0)
             pytest.fail(MENDED)
+        arm.stop()  # else it keeps a core busy until the last test
     else:
         with pytest.raises(EngineFailed, match="pattern_unsupported"):
             arm("load", name=name, timeout_s=20.0)

@@ -27,15 +27,19 @@ _TENSORS = tuple(
 _TRAINING = tuple(
     f"train/{name}.py" for name in ("answer_loss", "attention", "batches", "fused", "probes", "trainer")
 )
+_JOINT = tuple(
+    f"train/joint/{name}.py"
+    for name in ("company", "grouped_lora", "layout", "members", "model", "own_state", "passes")
+)
 _CONVERSION = tuple(
     f"train/conversion/{name}.py"
     for name in ("beginnings", "check", "factors", "known", "plan", "through_peft", "written")
 )
 HEAVY_AT_THE_TOP = {
     "vllm": _INSIDE_VLLM,
-    "torch": (*_INSIDE_VLLM, *_TENSORS, *_TRAINING, *_CONVERSION),
+    "torch": (*_INSIDE_VLLM, *_TENSORS, *_TRAINING, *_JOINT, *_CONVERSION),
     "peft": (),
-    "transformers": ("train/trainer.py", "train/progress.py", "train/stopping.py"),
+    "transformers": ("train/trainer.py", "train/progress.py", "train/stopping.py", "train/joint/company.py"),
 }
 VLLM_ANYWHERE = ("vllm_lora_ext/engine/", "serve/launch.py", "serve/endpoint.py", "serve/vllm_engine.py")
 FILES = sorted(path.relative_to(ROOT) for name in PACKAGES for path in (ROOT / name).rglob("*.py"))

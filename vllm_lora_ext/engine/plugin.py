@@ -13,6 +13,7 @@ def register() -> None:
     Raises:
         MissingPackage: this vLLM lacks what we replace; better no server than wrong answers.
     """
-    from vllm_lora_ext.engine import install
+    from vllm_lora_ext.engine import install, parent
 
+    parent.end_with_parent()
     install.install()

@@ -34,3 +34,15 @@ def test_a_folder_with_train_py_and_serve_py_is_a_fine_place_to_work(
     )
     assert done.returncode == 0, done.stderr
     assert "usage" in done.stdout
+
+
+def test_processes_that_the_command_starts_look_for_garbage_as_seldom_as_it_does(tmp_path: Path) -> None:
+    """Importing vLLM takes a quarter longer otherwise, in each of a server's processes."""
+    (tmp_path / "vllm-lora").write_text(
+        "import gc, multiprocessing\n"
+        "from vllm_lora_ext.command import command_line\n"
+        "if __name__ == '__main__':\n"
+        "    with multiprocessing.get_context('spawn').Pool(1) as started:\n"
+        "        assert started.apply(gc.get_threshold) == gc.get_threshold() > (700, 10, 10)\n"
+    )
+    subprocess.run([sys.executable, tmp_path / "vllm-lora"], check=True)

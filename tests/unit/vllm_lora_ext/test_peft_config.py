@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from typing import Any
 
 import pytest
@@ -12,6 +11,7 @@ from peft import LoraConfig
 from peft.tuners.tuners_utils import check_target_module_exists
 from peft.utils.other import get_pattern_key
 
+from tests.work import Work
 from vllm_lora_ext.peft_config import LiteralPattern, judge_config, judge_patterns, resolve_pattern
 from vllm_lora_ext.targeting import untargeted
 
@@ -48,6 +48,7 @@ def test_a_pattern_means_what_it_means_in_peft(pattern: dict[str, int]) -> None:
         assert resolved.get(module) == as_peft(pattern, module) == literal.value_of(module)
 
 
+@pytest.mark.timeout(20)  # one expression of all names: some milliseconds for every module
 @pytest.mark.parametrize(
     ("keys", "modules"),
     [
@@ -56,17 +57,20 @@ def test_a_pattern_means_what_it_means_in_peft(pattern: dict[str, int]) -> None:
             [(i, j) for i in range(80) for j in range(7)],
         ),
         ([f"m{j}" for j in range(7)], [(i, j) for i in range(10_430) for j in range(7)]),
-        (["|".join(f"x{i}" for i in range(40_000)) + "|m1"], [(i, 1) for i in range(5000)]),
+        (["|".join(f"m1{i}" for i in range(40_000)) + "|m1"], [(i, 1) for i in range(50_000)]),
     ],
     ids=["EVA on 80 layers", "73,000 modules", "40,000 names in a key"],
 )
-def test_many_names_and_modules_take_no_time(keys: list[str], modules: list[tuple[int, int]]) -> None:
+def test_many_names_and_modules_take_work_in_proportion(
+    keys: list[str], modules: list[tuple[int, int]]
+) -> None:
     names = [f"model.layers.{layer}.m{module}" for layer, module in modules]
     pattern = dict(zip(keys, range(1, 1000), strict=False))
     assert judge_patterns({"rank_pattern": pattern}) == []
-    started = time.process_time()
-    resolved = resolve_pattern(pattern, names)
-    assert time.process_time() - started < 1.0, "work that an attacker chooses has a bound"
+    with Work() as work:
+        resolved = resolve_pattern(pattern, names)
+    size = len(names) + sum(key.count("|") + 1 for key in pattern)
+    assert work.calls < 40 * size, "work that an attacker chooses has a bound"
     assert set(resolved) == set(names)
     assert resolved[names[0]] == 1
 
@@ -78,12 +82,11 @@ def test_parameters_alone_may_be_targeted(targets: list[str] | None) -> None:
     assert {finding.code for finding in judge_config(config)} == {"target_modules_invalid"}
 
 
-def test_an_expression_that_takes_its_time_has_it_once(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.timeout(20)  # of each module it would be hours
+def test_an_expression_that_takes_its_time_has_it_once() -> None:
     """Not a little for every module: there may be fifty thousand."""
     modules = [f"model.layers.{i}.{'a' * 22}" for i in range(20_000)]
-    started = time.process_time()
     assert untargeted({"target_modules": r"(\w|\.)+(a|a){9}(a|a)*x|.*"}, modules) == []
-    assert time.process_time() - started < 1.0
 
 
 @pytest.mark.parametrize(

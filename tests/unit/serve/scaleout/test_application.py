@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -45,3 +46,12 @@ def test_ray_scales_by_ongoing_requests_and_waits_for_them() -> None:
 def test_the_file_that_kuberay_names_builds_it(args: dict[str, str]) -> None:
     deployments = built(call_user_app_builder_with_args_if_necessary(app, args))
     assert deployments["engine"].num_replicas == int(args.get("replicas", 1))
+
+
+def test_a_controller_that_others_copy_from_runs_where_its_folder_is() -> None:
+    shared = built(application(SETTINGS))["controller"]
+    settings = read_fleet_settings(["base", "--replicas", "2", "--replica-state-dir", "/copies"])
+    copied = built(application(settings))["controller"]
+    assert "resources" not in shared.ray_actor_options or not shared.ray_actor_options["resources"]
+    assert copied.ray_actor_options["resources"] == {"node:__internal_head__": 0.001}
+    assert settings.replica_state_dir == Path("/copies") and "--replica-state-dir" not in settings.serve

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from serve.scaleout.coalescing import coalesced
+from serve.scaleout.coalescing import coalesced, in_pieces_of
 
 
 async def source(pieces: list[bytes | None], error: Exception | None = None) -> AsyncIterator[bytes]:
@@ -88,3 +88,13 @@ def test_who_takes_no_more_ends_the_source() -> None:
 
     asyncio.run(work())
     assert ended
+
+
+@given(st.lists(st.binary(max_size=5), max_size=30))
+def test_an_upload_goes_in_pieces_of_a_size(pieces: list[bytes]) -> None:
+    async def work() -> list[bytes]:
+        return [piece async for piece in in_pieces_of(4, source(list(pieces)))]
+
+    taken = asyncio.run(work())
+    assert b"".join(taken) == b"".join(pieces)
+    assert all(4 <= len(piece) <= 8 for piece in taken[:-1])

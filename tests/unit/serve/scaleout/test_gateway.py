@@ -27,7 +27,7 @@ WHOLE = Head(
     200, (("content-type", "application/json"), ("x-adapter-version", "3f2a"), ("date", "then")), "r1"
 )
 STREAM = Head(200, (("content-type", "text/event-stream"),), "r1")
-REQUEST = Forwarded("POST", "/v1/completions", (), b"{}", "3f2a")
+REQUEST = Forwarded("POST", "/v1/completions", (), b"{}", version="3f2a")
 DIED, GONE = ActorDiedError(), Lost("r1", "gone")
 
 

@@ -41,9 +41,7 @@ def test_a_replica_stops_before_it_counts_no_more() -> None:
 
 
 def test_a_replica_that_does_not_reach_a_controller_that_is_there_stops() -> None:
-    fence, beats = Fence(0.0), iter(range(1000))
-    for second in range(9):
-        fence.looked(next(beats), float(second))
+    fence = Fence(0.0)
     assert fence.silent_s(8.0) == 0.0
     assert fence.silent_s(8.5) == 8.5
     fence.reported(7.0)
@@ -53,21 +51,22 @@ def test_a_replica_that_does_not_reach_a_controller_that_is_there_stops() -> Non
 
 
 def test_without_a_controller_replicas_go_on_and_with_a_new_one_they_have_to_reach_it() -> None:
+    fence, asked = Fence(0.0), 0
+    for second in range(100):
+        if fence.should_ask(float(second)):
+            asked += 1
+            fence.nobody_is_there(float(second))
+        assert fence.silent_s(float(second)) == 0.0
+    assert 20 < asked < 40, "Ray is asked now and then"
+    assert fence.silent_s(103.0) == 0.0
+    assert fence.silent_s(109.0) > 0
+
+
+def test_while_reports_are_heard_nobody_asks_ray() -> None:
     fence = Fence(0.0)
     for second in range(100):
-        fence.looked(7, float(second))
-    assert fence.silent_s(100.0) == 0.0
-    for second in range(100, 120):
-        fence.looked(second, float(second))
-    assert fence.silent_s(106.0) == 0.0
-    assert fence.silent_s(108.0) > 0
-
-
-def test_a_state_folder_that_cannot_be_read_is_no_sign_that_nobody_is_there() -> None:
-    fence = Fence(0.0)
-    for second in range(20):
-        fence.looked(None, float(second))
-    assert fence.silent_s(20.0) == 20.0
+        fence.reported(float(second))
+        assert not fence.should_ask(second + 1.5)
 
 
 @given(st.lists(st.tuples(st.sampled_from("abcd"), st.integers(0, 5), st.floats(0, 3)), max_size=40))

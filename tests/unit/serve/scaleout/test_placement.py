@@ -118,11 +118,16 @@ def test_a_hot_version_grows_to_what_it_needs_and_no_replica_gets_hot(seed: int,
     for step in range(4000):
         version = "hot" if chance.random() < share else f"cold{chance.randrange(2000)}"
         replica = placement.route(version, loads, step * 0.01)[0]
+        bound = max(4, 1.25 * (sum(loads.values()) + 1) / 16)
+        own = order_of(version, tuple(sorted(REPLICAS)))[: placement.widths().get(version, 1)]
+        assert loads[replica] < bound or all(loads[other] >= bound for other in own)
         running.append(replica)
         loads[replica] += 1
         if len(running) > 480:
             loads[running.pop(chance.randrange(480))] -= 1
-    assert max(loads.values()) <= 1.25 * 480 / 16 + 2
+    # Over the bound goes only what finds all its replicas full (above), growing by one a request. How
+    # far that adds up is no promise: at most 39 in 400 runs with other seeds, 40 in one of hypothesis.
+    assert max(loads.values()) <= 1.25 * 480 / 16 + 4
     needed = share * 16
     assert placement.widths().get("hot", 1) <= max(8, 3 * needed)
 

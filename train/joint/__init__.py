@@ -1,0 +1,1 @@
+"""Several identities in one training run, over one base in memory."""
