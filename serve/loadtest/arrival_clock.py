@@ -1,10 +1,10 @@
 """When bytes left and when they came, by the kernel's clock and not by when Python got round to them.
 
 A client that parses one stream is late for another, by as long as a request takes to prepare (2 ms
-with the official client). Linux notes the arrival of every segment (SO_TIMESTAMPNS, socket(7)), and
-a thread of its own takes what has come off the sockets, so that two chunks are two reads however
-long the event loop is busy. `ClockedTransport` gives the official client such connections. Where they
-cannot be had (another system, TLS, a proxy) times are taken when Python sees the bytes.
+with the official client). The kernel notes arrivals (`kernel_clock`), and a thread of its own takes what
+has come off the sockets, so that two chunks are two reads however long the event loop is busy.
+`ClockedTransport` gives the official client such connections. Where they cannot be had (another system,
+TLS, a proxy) times are taken when Python sees the bytes.
 """
 
 from __future__ import annotations
@@ -15,7 +15,6 @@ import os
 import select
 import socket
 import ssl
-import struct
 import sys
 import threading
 import time
@@ -29,12 +28,9 @@ import httpcore2
 import httpx2
 
 from serve.client import uses_proxy
+from serve.loadtest.kernel_clock import KERNEL_NOTES_ARRIVALS, note_arrivals, receive
 
-_SO_TIMESTAMPNS = 35  # asm-generic/socket.h; Python names it in 3.13 only
-_TIMESPEC = struct.Struct("@qq")
-_ANCILLARY_BYTES = socket.CMSG_SPACE(_TIMESPEC.size) if hasattr(socket, "CMSG_SPACE") else 0
 _READ_BYTES = 64 * 1024  # what httpcore asks for at most
-_NS = 1_000_000_000
 # A thread of Python's hands over the interpreter once another asked for it that long; the default, 5 ms, is
 # longer than the time between two tokens may be.
 _SWITCH_S = 0.00005
@@ -43,7 +39,7 @@ _SWITCH_S = 0.00005
 def kernel_clock_reaches(url: str) -> bool:
     """Whether arrivals from `url` can be had from the kernel: Linux, 64 bit, no TLS, no proxy between."""
     parts = urlsplit(url)
-    if sys.platform != "linux" or struct.calcsize("P") != 8 or parts.scheme != "http":
+    if not KERNEL_NOTES_ARRIVALS or parts.scheme != "http":
         return False
     proxied = bool({"http", "all"} & set(getproxies())) and not proxy_bypass(parts.hostname or "")
     return not (uses_proxy(url) and proxied)
@@ -117,13 +113,13 @@ class ClockedStream(httpcore2.AsyncNetworkStream):
     def take_arrived(self) -> bool:
         """In the reader's thread, when something has come: take it; False when no more will come."""
         try:
-            data, notes, _, _ = self._socket.recvmsg(_READ_BYTES, _ANCILLARY_BYTES)
+            data, arrived_s = receive(self._socket, _READ_BYTES)
         except BlockingIOError:
             return True
         except OSError as error:
             self._arrived.append((time.monotonic(), error))
             return False
-        self._arrived.append((_arrival_s(notes), data))
+        self._arrived.append((arrived_s, data))
         return bool(data)
 
     def wake(self) -> None:
@@ -239,22 +235,12 @@ async def _connected(family: int, kind: int, protocol: int, address: Any) -> soc
     try:
         connection.setblocking(False)
         connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        connection.setsockopt(socket.SOL_SOCKET, _SO_TIMESTAMPNS, 1)
+        note_arrivals(connection)
         await asyncio.get_running_loop().sock_connect(connection, address)
     except BaseException:
         connection.close()
         raise
     return connection
-
-
-def _arrival_s(notes: Iterable[tuple[int, int, bytes]]) -> float:
-    """The kernel's note, which is wall-clock time, as monotonic time."""
-    for level, kind, data in notes:
-        if level == socket.SOL_SOCKET and kind == _SO_TIMESTAMPNS:
-            seconds, ns = _TIMESPEC.unpack(data[: _TIMESPEC.size])
-            age_ns: int = time.time_ns() - (seconds * _NS + ns)
-            return time.monotonic() - max(0, age_ns) / _NS
-    return time.monotonic()
 
 
 def _wake_all(streams: Iterable[ClockedStream]) -> None:

@@ -2,7 +2,9 @@
 
 The load test asks it to learn what its own client adds to a figure, so it must be on time itself:
 answers are laid out as bytes before they are due, each piece at an absolute time, by a selector
-that waits to the microsecond (epoll, asyncio's default, rounds up to the next millisecond).
+that waits to the microsecond (epoll, asyncio's default, rounds up to the next millisecond). Delays count
+from when a request arrived by the kernel's clock: what a busy machine takes to let this server read it is
+the server's.
 """
 
 from __future__ import annotations
@@ -13,12 +15,15 @@ import gc
 import itertools
 import json
 import selectors
+import socket
 import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
+
+from serve.loadtest.kernel_clock import note_arrivals, receive
 
 ContentType = str
 _EVENTS = "text/event-stream; charset=utf-8"
@@ -31,11 +36,11 @@ _REASONS = {200: "OK", 400: "Bad Request", 404: "Not Found", 429: "Too Many Requ
 
 @dataclass(frozen=True)
 class KnownAnswer:
-    """`pieces` leave `first_s` seconds after the request was read, and every `gap_s` seconds from then on.
+    """`pieces` leave `first_s` seconds after the request arrived, and every `gap_s` seconds from then on.
 
     Another `status` than 200 is answered at once with `pieces` as the message. After `cut_after` pieces
     the connection breaks. `logprobs` is what stands in a whole answer's `logprobs.content`. `stamped` puts
-    into each piece of a stream when the request was read and when the piece was written, by
+    into each piece of a stream when the request arrived and when the piece was written, by
     `time.monotonic`, which all processes of a machine share. Without `finished` a stream ends with neither
     a reason nor usage. `usage` stands in place of the true one.
     """
@@ -79,12 +84,21 @@ class KnownServer:
     def url(self) -> str:
         return f"http://127.0.0.1:{self.port}"
 
-    async def start(self) -> asyncio.Server:
-        """Listen; `port` and `url` are known from then on."""
-        loop = asyncio.get_running_loop()
-        listening = await loop.create_server(lambda: Connection(self), "127.0.0.1", 0)
-        self.port = listening.sockets[0].getsockname()[1]
+    def listen(self) -> socket.socket:
+        """A listening socket; `port` and `url` are known from then on."""
+        listening = socket.create_server(("127.0.0.1", 0), backlog=socket.SOMAXCONN)
+        listening.setblocking(False)
+        note_arrivals(listening)
+        self.port = listening.getsockname()[1]
         return listening
+
+    async def accept(self, listening: socket.socket) -> None:
+        """Answer on every connection, until cancelled."""
+        loop = asyncio.get_running_loop()
+        while True:
+            accepted, _ = await loop.sock_accept(listening)
+            own = ClockedSocket(fileno=accepted.detach())
+            await loop.connect_accepted_socket(lambda own=own: Connection(self, own), own)
 
     def die(self) -> None:
         """From another thread: stop listening and cut every connection, as a process that dies does."""
@@ -98,10 +112,13 @@ class KnownServer:
 
         async def run() -> None:
             self._loop, self._stop = loop, asyncio.Event()
-            async with await self.start() as listening:
+            with self.listen() as listening:
+                accepting = asyncio.create_task(self.accept(listening))
                 started.set()
                 await self._stop.wait()
-                listening.close()
+                accepting.cancel()
+                with contextlib.suppress(asyncio.CancelledError):
+                    await accepting
                 for connection in list(self.connections):
                     connection.transport.abort()
 
@@ -118,9 +135,20 @@ class KnownServer:
 
 
 def read_stamps(text: str) -> tuple[float, list[float]]:
-    """When a request was read and its pieces were written, from a stamped answer."""
+    """When a request arrived and its pieces were written, from a stamped answer."""
     stamps = [tuple(map(float, piece.split(":"))) for piece in text.split()]
     return stamps[0][0], [written for _, written in stamps]
+
+
+class ClockedSocket(socket.socket):
+    """A connection that knows when what was read last had arrived, on `time.monotonic`'s clock."""
+
+    arrived_s = 0.0
+
+    def recv(self, bufsize: int, flags: int = 0, /) -> bytes:
+        """socket's; asyncio reads with it."""
+        data, self.arrived_s = receive(self, bufsize)
+        return data
 
 
 class Connection(asyncio.Protocol):
@@ -128,8 +156,8 @@ class Connection(asyncio.Protocol):
 
     transport: asyncio.Transport
 
-    def __init__(self, server: KnownServer) -> None:
-        self._server = server
+    def __init__(self, server: KnownServer, own: ClockedSocket) -> None:
+        self._server, self._socket = server, own
         self._read = b""
         self._loop = asyncio.get_running_loop()
 
@@ -145,7 +173,6 @@ class Connection(asyncio.Protocol):
 
     def data_received(self, data: bytes) -> None:
         """asyncio's: answer each request that is whole."""
-        now = self._loop.time()
         self._read += data
         while True:
             head, end, rest = self._read.partition(b"\r\n\r\n")
@@ -154,9 +181,9 @@ class Connection(asyncio.Protocol):
                 return
             self._read = rest[length:]
             method, path, *_ = head.split(b" ", 2)
-            self._answer(method.decode(), path.decode(), rest[:length], now)
+            self._answer(method.decode(), path.decode(), rest[:length])
 
-    def _answer(self, method: str, path: str, body: bytes, now: float) -> None:
+    def _answer(self, method: str, path: str, body: bytes) -> None:
         if method == "GET" and path in self._server.pages:
             kind, make_text = self._server.pages[path]
             self._whole(200, kind, make_text())
@@ -167,19 +194,19 @@ class Connection(asyncio.Protocol):
                 error = {"error": {"message": "".join(answer.pieces), "code": answer.status}}
                 self._whole(answer.status, _JSON, json.dumps(error))
             elif request.get("stream"):
-                self._stream(request, answer, now)
+                self._stream(request, answer)
             else:
                 last = answer.first_s + answer.gap_s * (len(answer.pieces) - 1)
                 text = json.dumps(_completion(request, answer))
-                self._loop.call_at(now + last, self._whole, 200, _JSON, text)
+                self._loop.call_at(self._socket.arrived_s + last, self._whole, 200, _JSON, text)
         else:
             self._whole(404, _JSON, json.dumps({"error": {"message": f"no such route: {path}"}}))
 
-    def _write_piece(self, event: bytes, read_s: float) -> None:
+    def _write_piece(self, event: bytes, arrived_s: float) -> None:
         if self.transport.is_closing():  # the client has gone
             return
         if _STAMP_BYTES in event:
-            event = event.replace(_STAMP_BYTES, f"{read_s:015.6f}:{time.monotonic():015.6f} ".encode())
+            event = event.replace(_STAMP_BYTES, f"{arrived_s:015.6f}:{time.monotonic():015.6f} ".encode())
         self.transport.write(event)
 
     def _whole(self, status: int, kind: ContentType, text: str) -> None:
@@ -187,17 +214,18 @@ class Connection(asyncio.Protocol):
         head = f"HTTP/1.1 {status} {_REASONS[status]}\r\ncontent-type: {kind}\r\n"
         self.transport.write(f"{head}content-length: {len(body)}\r\n\r\n".encode() + body)
 
-    def _stream(self, request: Mapping[str, Any], answer: KnownAnswer, now: float) -> None:
+    def _stream(self, request: Mapping[str, Any], answer: KnownAnswer) -> None:
+        arrived_s = self._socket.arrived_s
         head = f"HTTP/1.1 200 OK\r\ncontent-type: {_EVENTS}\r\ntransfer-encoding: chunked\r\n\r\n".encode()
         self.transport.write(head)
         pieces = answer.pieces[: answer.cut_after]
         gap_s = max(answer.gap_s, _ORDER_S)
         for number, piece in enumerate(pieces):
-            due = now + answer.first_s + number * gap_s
+            due = arrived_s + answer.first_s + number * gap_s
             self._loop.call_at(
-                due, self._write_piece, _piece(request, _STAMP if answer.stamped else piece), now
+                due, self._write_piece, _piece(request, _STAMP if answer.stamped else piece), arrived_s
             )
-        end_s = now + answer.first_s + max(0, len(pieces) - 1) * gap_s + _ORDER_S
+        end_s = arrived_s + answer.first_s + max(0, len(pieces) - 1) * gap_s + _ORDER_S
         if answer.cut_after is not None:
             self._loop.call_at(end_s, self.transport.abort)
             return
@@ -206,7 +234,7 @@ class Connection(asyncio.Protocol):
         if answer.finished:
             events = _event(request, end) + _event(request, [], usage=_usage(request, answer))
         events += _framed(b"data: [DONE]\n\n") + b"0\r\n\r\n"
-        self._loop.call_at(end_s, self._write_piece, events, now)
+        self._loop.call_at(end_s, self._write_piece, events, arrived_s)
 
 
 def _content_length(head: bytes) -> int:

@@ -250,8 +250,8 @@ def known_server(answers: Sequence[tuple[float, float, int]] = ((FIRST_S, GAP_S,
 
 def as_the_server_saw(record: RequestRecord) -> RequestRecord:
     """The same request by the known server's clock, out of the stamps in its answer."""
-    read_s, written = read_stamps(record.text)
-    return replace(record, sent_s=read_s, chunks_s=tuple(written), done_s=written[-1])
+    arrived_s, written = read_stamps(record.text)
+    return replace(record, sent_s=arrived_s, chunks_s=tuple(written), done_s=written[-1])
 
 
 def _clock(costs: Sequence[ShareCost]) -> Clock:
