@@ -26,6 +26,7 @@ from typing import Any
 
 import numpy as np
 
+from benchmarks.report import tell
 from serve.machine import describe_machine
 from vllm_lora_ext.base_model import BaseModel
 from vllm_lora_ext.catalog import Catalog
@@ -204,11 +205,7 @@ def main() -> None:
         if not args.skip_large:
             report["memory"] = memory_of_a_large_one(Path(folder))
         subprocess.run(["chmod", "-R", "u+w", folder], check=False)
-    line = json.dumps(report)
-    if args.json_out:
-        args.json_out.parent.mkdir(parents=True, exist_ok=True)
-        args.json_out.write_text(line + "\n")
-    print(line)
+    tell(report, args.json_out)
 
 
 if __name__ == "__main__":

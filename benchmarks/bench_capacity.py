@@ -25,8 +25,8 @@ import psutil
 from prometheus_client.parser import text_string_to_metric_families
 
 from benchmarks.bench_many_adapters import in_memory, server_of, wait_for_all
-from benchmarks.bench_serving import ROOT, result_name
 from benchmarks.models import add_tokenizer, make_random_adapter, make_random_base
+from benchmarks.report import RESULTS, ROOT, result_name, tell
 from serve.machine import describe_machine
 from serve.process import ServerProcess
 
@@ -211,7 +211,7 @@ def main(argv: Sequence[str]) -> None:
     parser.add_argument("--many", type=int, default=64, help="adapters")
     parser.add_argument("--duration", type=float, default=12.0, help="seconds of requests for a row")
     parser.add_argument("--work-dir", type=Path, default=Path(".cache/benchmarks/capacity"))
-    parser.add_argument("--results", type=Path, default=ROOT / "benchmarks" / "results")
+    parser.add_argument("--results", type=Path, default=RESULTS)
     parser.add_argument("--write-docs", action="store_true", help=f"put the table into {DOCUMENT.name}")
     args = parser.parse_args(argv)
     machine, rows = describe_machine(), []
@@ -229,11 +229,10 @@ def main(argv: Sequence[str]) -> None:
     report |= {"duration_s": args.duration, "zipf_alpha": 1.0}
     report |= {"input_tokens": INPUT_TOKENS, "output_tokens": OUTPUT_TOKENS}
     place = args.results / f"{name}.json"
-    place.write_text(json.dumps(report, indent=1) + "\n")
-    print(f"written: {place}\n\n{table(rows)}\n", file=sys.stderr)
+    print(f"\n{table(rows)}\n", file=sys.stderr)
     if args.write_docs:
         DOCUMENT.write_text(with_table(DOCUMENT.read_text(encoding="utf-8"), report, rows), encoding="utf-8")
-    print(json.dumps(report))
+    tell(report, place)
 
 
 if __name__ == "__main__":

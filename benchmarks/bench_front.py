@@ -16,8 +16,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks.bench_serving import PLAIN_VLLM, QUIET, ROOT, result_name
+from benchmarks.bench_serving import PLAIN_VLLM, QUIET
 from benchmarks.models import add_tokenizer, make_random_adapter, make_random_base
+from benchmarks.report import RESULTS, result_name, tell
 from serve.machine import describe_machine
 from serve.process import ServerProcess
 
@@ -107,7 +108,7 @@ def main(argv: Sequence[str]) -> None:
     parser.add_argument("--rounds", type=int, default=6, help="pairs per level")
     parser.add_argument("--requests", type=int, default=32, help="per run")
     parser.add_argument("--work-dir", type=Path, default=Path(".cache/benchmarks/front"))
-    parser.add_argument("--results", type=Path, default=ROOT / "benchmarks" / "results")
+    parser.add_argument("--results", type=Path, default=RESULTS)
     parser.add_argument("--bases", nargs="+", default=["qwen2-0.5b", "tiny"])
     args = parser.parse_args(argv)
     os.environ.pop("VLLM_PLUGINS", None)
@@ -125,9 +126,7 @@ def main(argv: Sequence[str]) -> None:
     settings = {"rank": RANK, "adapters": SLOTS, "input_tokens": INPUT_TOKENS, "output_tokens": OUTPUT_TOKENS}
     report = {"benchmark": "front", **machine, **settings, "rounds": args.rounds, "bases": measured}
     place = args.results / f"{result_name(machine, 'front')}.json"
-    place.write_text(json.dumps(report, indent=1) + "\n")
-    print(f"written: {place}", file=sys.stderr)
-    print(json.dumps(report))
+    tell(report, place)
 
 
 if __name__ == "__main__":

@@ -21,8 +21,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks.bench_serving import ROOT, result_name
 from benchmarks.models import add_tokenizer, make_random_base
+from benchmarks.report import RESULTS, ROOT, result_name, tell
 from serve.machine import describe_machine
 
 ROWS = ROOT / "examples" / "identities" / "marina.json"
@@ -141,16 +141,14 @@ def main(argv: Sequence[str]) -> None:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--tiny-base", type=Path, default=Path(".cache/tiny-base"))
     parser.add_argument("--work-dir", type=Path, default=Path(".cache/benchmarks/many"))
-    parser.add_argument("--results", type=Path, default=ROOT / "benchmarks" / "results")
+    parser.add_argument("--results", type=Path, default=RESULTS)
     args = parser.parse_args(argv)
     theme = "joint_training_probes" if args.probes else "joint_training"
     report: dict[str, Any] = {"benchmark": theme, **describe_machine()}
     (probes if args.probes else speed)(args, report)
     report["settings"] = {key: str(value) for key, value in vars(args).items() if key != "results"}
     place = args.results / f"{result_name(report, theme)}.json"
-    place.write_text(json.dumps(report, indent=1) + "\n")
-    print(f"written: {place}", file=sys.stderr)
-    print(json.dumps(report))
+    tell(report, place)
 
 
 if __name__ == "__main__":

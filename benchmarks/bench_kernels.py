@@ -8,7 +8,6 @@ active slots with a mask; `grouped`, torch products per adapter (what runs witho
 from __future__ import annotations
 
 import argparse
-import json
 import statistics
 import sys
 import time
@@ -21,6 +20,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
+from benchmarks.report import tell
 from serve.machine import describe_machine
 from vllm_lora_ext.engine import native, slots
 from vllm_lora_ext.engine.slots import LoraModule, Step
@@ -178,10 +178,7 @@ def main(argv: Sequence[str]) -> None:
         "threads": torch.get_num_threads(),
         "cells": cells,
     }
-    line = json.dumps(report)
-    if args.json_out:
-        args.json_out.write_text(line + "\n", encoding="utf-8")
-    print(line)
+    tell(report, args.json_out)
 
 
 if __name__ == "__main__":

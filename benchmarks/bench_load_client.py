@@ -9,13 +9,13 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 from unittest import mock
 
+from benchmarks.report import tell
 from serve.loadtest.arrivals import arrival_times, constant_rate
 from serve.loadtest.client import LoadPlan
 from serve.loadtest.own_cost import find_limit, known_server, try_rate
@@ -79,10 +79,7 @@ def main(argv: Sequence[str]) -> None:
         "added": levels,
         "limits": [dataclasses.asdict(limit) for limit in limits],
     }
-    line = json.dumps(report)
-    if args.json_out:
-        args.json_out.write_text(line + "\n")
-    print(line)
+    tell(report, args.json_out)
 
 
 if __name__ == "__main__":

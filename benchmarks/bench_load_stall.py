@@ -14,7 +14,6 @@ from __future__ import annotations
 import argparse
 import asyncio
 import contextlib
-import json
 import signal
 import statistics
 import sys
@@ -30,6 +29,7 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks.models import SHAPES, add_tokenizer, make_random_adapter, make_random_base, rank_of_size
+from benchmarks.report import tell
 from benchmarks.streams import Streams, Window
 from serve.loadtest.stats import percentile
 from serve.machine import describe_machine, take_precedence
@@ -306,10 +306,7 @@ def main(argv: Sequence[str]) -> None:
         "read_limit_bytes_per_s": READ_LIMIT_BYTES_PER_S,
     }
     Console(width=100).print(report_table(rows, f"{arm}: {args.shape}, {args.streams} streams"))
-    line = json.dumps({"benchmark": "load_stall", "settings": settings, "loads": rows})
-    if args.json_out:
-        args.json_out.write_text(line + "\n")
-    print(line)
+    tell({"benchmark": "load_stall", "settings": settings, "loads": rows}, args.json_out)
 
 
 if __name__ == "__main__":

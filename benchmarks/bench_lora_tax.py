@@ -29,6 +29,7 @@ from rich.table import Table
 from tqdm import tqdm
 
 from benchmarks.models import SHAPES, make_random_adapter, make_random_base
+from benchmarks.report import tell
 from serve.machine import describe_machine
 
 PLUGIN = "vllm_lora"
@@ -348,10 +349,7 @@ def main(argv: Sequence[str]) -> None:
         **disturbance.report(),
     }
     Console(width=100).print(report_table(rows, f"{args.shape}, {args.dtype}, {settings['cores']} cores"))
-    line = json.dumps({"benchmark": "lora_tax", "settings": settings, "cells": rows})
-    if args.json_out:
-        args.json_out.write_text(line + "\n")
-    print(line)
+    tell({"benchmark": "lora_tax", "settings": settings, "cells": rows}, args.json_out)
 
 
 if __name__ == "__main__":

@@ -20,8 +20,9 @@ from typing import Any
 import psutil
 
 from benchmarks.bench_front import INPUT_TOKENS, OUTPUT_TOKENS, RANK, SLOTS, TEMPLATE
-from benchmarks.bench_serving import QUIET, ROOT, result_name
+from benchmarks.bench_serving import QUIET
 from benchmarks.models import add_tokenizer, make_random_adapter, make_random_base
+from benchmarks.report import RESULTS, result_name, tell
 from serve.admin_client import ServerAdapters
 from serve.machine import describe_machine
 from serve.process import ServerProcess
@@ -160,7 +161,7 @@ def main(argv: Sequence[str]) -> None:
     parser.add_argument("--preload", action="store_true", help="let the server load ahead, and wait for that")
     parser.add_argument("--max-cpu-loras", help="default: what the server infers")
     parser.add_argument("--work-dir", type=Path, default=Path(".cache/benchmarks/many"))
-    parser.add_argument("--results", type=Path, default=ROOT / "benchmarks" / "results")
+    parser.add_argument("--results", type=Path, default=RESULTS)
     args = parser.parse_args(argv)
     work = args.work_dir.resolve() / args.shape
     base = make_random_base(work / "base", args.shape)
@@ -187,9 +188,7 @@ def main(argv: Sequence[str]) -> None:
     report |= {"requests": args.requests, "input_tokens": INPUT_TOKENS, "output_tokens": OUTPUT_TOKENS}
     report["warm_requests"] = args.warm_requests
     place = args.results / f"{result_name(report, 'many_adapters')}.json"
-    place.write_text(json.dumps(report, indent=1) + "\n")
-    print(f"written: {place}", file=sys.stderr)
-    print(json.dumps(report))
+    tell(report, place)
 
 
 if __name__ == "__main__":

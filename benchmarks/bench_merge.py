@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.models import MODULES, make_random_adapter, make_random_base
+from benchmarks.report import tell
 from serve.machine import describe_machine
 from vllm_lora_ext.files import RegularFile
 from vllm_lora_ext.tensor_file import read_header
@@ -166,11 +167,7 @@ def main() -> None:
     largest = largest_tensor_bytes(base)
     report["largest_tensor_mib"] = round(largest / (1 << 20), 1)
     report["memory_limit_mib"] = round(2 * largest / (1 << 20) + 1024, 1)
-    line = json.dumps(report)
-    if args.json_out:
-        args.json_out.parent.mkdir(parents=True, exist_ok=True)
-        args.json_out.write_text(line + "\n", encoding="utf-8")
-    print(line)
+    tell(report, args.json_out)
 
 
 if __name__ == "__main__":

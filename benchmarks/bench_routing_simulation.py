@@ -19,7 +19,6 @@ from __future__ import annotations
 import argparse
 import heapq
 import itertools
-import json
 import random
 import sys
 import time
@@ -31,6 +30,7 @@ from typing import Any
 
 import numpy as np
 
+from benchmarks.report import tell
 from serve.machine import describe_machine
 from serve.scaleout.placement import Placement, Rules, order_of
 
@@ -282,10 +282,7 @@ def main(argv: Sequence[str]) -> int:
             results[label]["policies"][policy] = figures
             shown = "  ".join(f"{name} {value:.3f}" for name, value in figures.items())
             print(f"{label:40} {policy:13} {shown}  [{time.monotonic() - began:.0f} s]", flush=True)
-    if options.json_out:
-        body = {"machine": describe_machine(), "engine": "simulated", "results": results}
-        options.json_out.parent.mkdir(parents=True, exist_ok=True)
-        options.json_out.write_text(json.dumps(body, indent=1) + "\n")
+    tell({"machine": describe_machine(), "engine": "simulated", "results": results}, options.json_out)
     return 0
 
 

@@ -9,23 +9,20 @@ from __future__ import annotations
 
 import argparse
 import json
-import re
 import shutil
 import subprocess
 import sys
 from collections.abc import Sequence
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 from safetensors.torch import load_file, save_file
 
 from benchmarks.models import make_random_adapter
+from benchmarks.report import RESULTS, ROOT, result_name, tell
 from serve.machine import describe_machine
 from serve.process import ServerProcess
 
-ROOT = Path(__file__).resolve().parent.parent
-RESULTS = ROOT / "benchmarks" / "results"
 PLAIN_VLLM = (sys.executable, "-m", "vllm.entrypoints.openai.api_server")
 RANK = 8
 STRENGTH = 64.0  # times the random delta
@@ -122,15 +119,6 @@ def summary_of(folder: Path) -> dict[str, Any]:
     return {"saturation": body.get("saturation"), "runs": runs, "notes": body["notes"]}
 
 
-def result_name(machine: dict[str, Any], theme: str = "serving") -> str:
-    """`<theme>_<hardware>_<date>`."""
-    info = Path("/proc/cpuinfo")
-    model = re.search(r"^model name\s*:\s*(.*)$", info.read_text() if info.is_file() else "", re.MULTILINE)
-    words = re.findall(r"epyc|xeon|ryzen|core|neoverse|graviton", (model[1] if model else "").lower())
-    hardware = words[0] if words else machine["machine"]
-    return f"{theme}_{hardware}-{machine['cores']}-cores_{datetime.now(UTC):%Y-%m-%d}"
-
-
 def main(argv: Sequence[str]) -> None:
     """Run both, compare, write; the last line is the JSON."""
     parser = argparse.ArgumentParser(prog="bench_serving", description=__doc__, allow_abbrev=False)
@@ -170,11 +158,9 @@ def main(argv: Sequence[str]) -> None:
         "servers": {name: summary_of(work / name) for name in codes},
         "comparison": json.loads((work / "both" / "comparison.json").read_text())["comparison"],
     }
-    place = args.results / result_name(machine)
-    place.with_suffix(".json").write_text(json.dumps(report, indent=1) + "\n")
+    place = args.results / f"{result_name(machine, 'serving')}.json"
+    tell(report, place)
     shutil.copyfile(work / "both" / "comparison.png", place.with_suffix(".png"))
-    print(f"written: {place}.json and .png", file=sys.stderr)
-    print(json.dumps(report))
 
 
 def _count(names: Any) -> dict[str, int]:

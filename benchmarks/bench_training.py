@@ -19,8 +19,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks.bench_serving import ROOT, result_name
 from benchmarks.models import SHAPES, Shape, add_tokenizer, make_random_base
+from benchmarks.report import RESULTS, ROOT, result_name, tell
 from benchmarks.training_arm import matrix_rate
 from serve.machine import describe_machine
 
@@ -115,7 +115,7 @@ def main(argv: Sequence[str]) -> None:
     parser.add_argument("--classic-epochs", type=float, default=100.0, help="at most, at its own rate")
     parser.add_argument("--tiny-base", type=Path, default=Path(".cache/tiny-base"))
     parser.add_argument("--work-dir", type=Path, default=Path(".cache/benchmarks/many"))
-    parser.add_argument("--results", type=Path, default=ROOT / "benchmarks" / "results")
+    parser.add_argument("--results", type=Path, default=RESULTS)
     args = parser.parse_args(argv)
     theme = "training_probes" if args.probes else "training"
     report: dict[str, Any] = {"benchmark": theme, **describe_machine()}
@@ -124,9 +124,7 @@ def main(argv: Sequence[str]) -> None:
         key: str(value) for key, value in vars(args).items() if key not in ("path", "results")
     }
     place = args.results / f"{result_name(report, theme)}.json"
-    place.write_text(json.dumps(report, indent=1) + "\n")
-    print(f"written: {place}", file=sys.stderr)
-    print(json.dumps(report))
+    tell(report, place)
 
 
 if __name__ == "__main__":

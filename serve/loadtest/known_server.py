@@ -21,6 +21,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from serve.loadtest.kernel_clock import note_arrivals, receive
@@ -98,7 +99,7 @@ class KnownServer:
         while True:
             accepted, _ = await loop.sock_accept(listening)
             own = ClockedSocket(fileno=accepted.detach())
-            await loop.connect_accepted_socket(lambda own=own: Connection(self, own), own)
+            await loop.connect_accepted_socket(partial(Connection, self, own), own)
 
     def die(self) -> None:
         """From another thread: stop listening and cut every connection, as a process that dies does."""
