@@ -135,7 +135,7 @@ class Controller:
                 flags += [f"--{name.replace('_', '-')}", str(values[name])]
         state_dir, front = self._catalog.state_dir, front_settings(args)
         self._plan = Plan(tuple(flags), state_dir, tuple(inbox.rules.base_names), front)
-        self._uploads = Uploads(state_dir / _UPLOADS)
+        self._uploads = Uploads(state_dir / _UPLOADS, _MAX_ARCHIVE_BYTES)
         self._changes = asyncio.Lock()
         self._collected = _NEVER
         threading.Thread(target=self._keep_tidy, name="controller-tidy", daemon=True).start()

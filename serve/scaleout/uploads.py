@@ -7,7 +7,7 @@ import re
 import time
 from pathlib import Path
 
-from vllm_lora_ext.errors import StoreFailed
+from vllm_lora_ext.errors import BadInput, StoreFailed
 
 _UPLOAD_S = 3600.0  # no upload takes as long
 _NUMBER = re.compile(r"[0-9a-f]{32}")
@@ -16,19 +16,23 @@ _NUMBER = re.compile(r"[0-9a-f]{32}")
 class Uploads:
     """Kept in `folder`; `number` is a gateway's own for one archive, 32 hexadecimal digits."""
 
-    def __init__(self, folder: Path) -> None:
-        self._folder = folder
+    def __init__(self, folder: Path, most_bytes: int) -> None:
+        self._folder, self._most_bytes = folder, most_bytes
         self._clear()
 
     def add(self, number: str, piece: bytes) -> None:
         """Take the next piece.
 
         Raises:
+            BadInput: the archive would have more than `most_bytes`.
             StoreFailed: it could not be written.
         """
         try:
             self._folder.mkdir(parents=True, exist_ok=True)
             with self.file(number).open("ab") as file:
+                if file.tell() + len(piece) > self._most_bytes:
+                    rule = f"has more than {self._most_bytes / (1 << 30):.1f} GiB"
+                    raise BadInput("the archive", rule, "Train a smaller adapter.")
                 file.write(piece)
         except OSError as error:
             raise StoreFailed("the archive", error) from error

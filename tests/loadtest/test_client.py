@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import os
 import signal
-import threading
-import time
 from collections import Counter
 from collections.abc import Mapping
 from typing import Any
@@ -71,33 +69,24 @@ def test_every_request_is_sent_once_and_tokens_are_the_servers(serve: Serve) -> 
 
 
 def test_a_closed_loop_keeps_so_many_in_flight(serve: Serve) -> None:
-    in_flight: list[int] = []
-    now = threading.Lock()
-    open_requests: list[float] = []
-
-    def answer(body: Mapping[str, Any]) -> KnownAnswer:
-        with now:
-            moment = time.monotonic()
-            open_requests[:] = [end for end in open_requests if end > moment]
-            open_requests.append(moment + 0.05)
-            in_flight.append(len(open_requests))
-        return KnownAnswer(("a", "b"), 0.0, 0.05)
-
-    run_load(plan(serve(answer).url, 40, max_concurrency=5))
+    run = run_load(plan(serve(lambda body: KnownAnswer(("a", "b"), 0.3)).url, 20, max_concurrency=5))
+    in_flight = [
+        sum(other.sent_s <= record.sent_s < other.done_s for other in run.records) for record in run.records
+    ]
     assert max(in_flight) == 5
 
 
 def test_an_open_loop_sends_when_it_is_due_whatever_the_server_does(serve: Serve) -> None:
-    server = serve(lambda body: KnownAnswer(("a", "b"), 1.0))
+    server = serve(lambda body: KnownAnswer(("a", "b"), 3.0))
     run = run_load(plan(server.url, 20, rate=40))
-    assert all(-0.001 < (record.lag_s or 0) < 0.3 for record in run.records)
+    assert all((record.lag_s or 0) > -0.001 for record in run.records), "none leaves before it is due"
     assert max(record.sent_s for record in run.records) < min(record.done_s for record in run.records)
 
 
 def test_a_run_by_the_clock_ends_and_lets_its_requests_finish(serve: Serve) -> None:
     run = run_load(plan(serve().url, None, duration_s=0.5, max_concurrency=3))
     assert len(run.records) > 10 and run.ended_early is None and run.planned is None
-    assert all(record.error is None and record.sent_s < 0.6 for record in run.records)
+    assert all(record.error is None and record.begun_s < 0.6 for record in run.records)
 
 
 FAILURES: dict[str, tuple[KnownAnswer, str]] = {
