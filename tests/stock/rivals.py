@@ -2,52 +2,101 @@
 
 from __future__ import annotations
 
-import time
+import json
+import os
+import socket
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager, suppress
+from pathlib import Path
 
-import httpx
+from serve.loadtest.kernel_clock import note_arrivals, receive
+from tests.stock.pair import KEY, QUESTION, Server
 
-from tests.stock.pair import QUESTION, SEQUENCES, Server
+_HOLDS, _LENGTH = 900, 60  # tokens of answers
+_TRIES = 5
+_PATIENCE_S = 120.0
 
-_LENGTH = 60  # tokens of an answer
-_APART_S = 0.3  # so the server reads them in the order in which they were asked
 
+def order_of_answers(server: Server, busy: str, late: str, more: int) -> list[str]:
+    """Ask `busy` for a long answer, `late`, then `busy` with so many prompts `more`, all within a moment.
 
-def order_of_answers(server: Server, busy: str, late: str, after_s: float) -> list[str]:
-    """Ask `busy` much, later `late` once, then `busy` twice more; the names in the order of their answers.
-
-    They are "first", "before", "late", "second", "third". What `busy` is asked at a time is one request with
-    many prompts, so that what waits in the server does not hang on clients that ask again in time: where the
-    server takes every processor they come seconds late.
+    Gives back "holder", "late", "more" in the order of their answers. Nothing hangs on when this process gets
+    a processor: all is sent before the engine begins, and the kernel tells when an answer came. Where the
+    server read the second question first, `late` was not late, and all is asked again.
     """
-    answered: list[str] = []
-    with ThreadPoolExecutor() as threads:
-
-        @contextmanager
-        def asked(name: str, model: str, prompts: int, length: int = _LENGTH) -> Iterator[None]:
-            asking = threads.submit(_ask, server, model, prompts, length)
-            asking.add_done_callback(lambda _: answered.append(name))
-            time.sleep(_APART_S)
-            yield
-            asking.result()
-
-        with asked("first", busy, 5 * SEQUENCES):
-            # These are next. From then on what runs side by side ends a part of its length apart: if all
-            # ended in one step, it would leave a gap.
-            for part in range(1, SEQUENCES):
-                threads.submit(_ask, server, busy, 1, _LENGTH * part // SEQUENCES)
-            time.sleep(_APART_S)
-            with asked("before", busy, 100):
-                time.sleep(after_s)
-                with asked("late", late, 1, 1), asked("second", busy, 24), asked("third", busy, 24):
-                    pass
-    return answered
+    questions = {"holder": (busy, 1, _HOLDS), "late": (late, 1, 1), "more": (busy, more, _LENGTH)}
+    order: list[str] = []
+    for _ in range(_TRIES):
+        answered = _ask_at_once(server, questions)
+        order = sorted(answered, key=answered.__getitem__)
+        if order[0] != "late":
+            break
+    return order
 
 
-def _ask(server: Server, model: str, prompts: int, length: int) -> None:
-    body = {"model": model, "prompt": [QUESTION] * prompts, "max_tokens": length, "ignore_eos": True}
-    answer = server.send("POST", "/v1/completions", body)
-    assert answer.status == httpx.codes.OK, answer.body
-    assert len(answer.body["choices"]) == prompts
+@contextmanager
+def apart_from_its_engine(server: Server) -> Iterator[None]:
+    """The API server has the last processor, the engine's processes have the others, if there are several.
+
+    On two cores an engine, which spins while it waits, may keep its API server from both for seconds: what
+    the server was asked then reaches the engine once that has nothing left to do.
+    """
+    *engine, own = sorted(os.sched_getaffinity(0))
+    before = {thread: os.sched_getaffinity(thread) for thread in _threads_of_group(server.process.pid)}
+    of_server = {int(folder.name) for folder in Path(f"/proc/{server.process.pid}/task").iterdir()}
+    try:
+        for thread in before:
+            _move(thread, {own} if thread in of_server else set(engine or [own]))
+        yield
+    finally:
+        for thread, processors in before.items():
+            _move(thread, processors)
+
+
+def _threads_of_group(group: int) -> list[int]:
+    processes = [folder for folder in Path("/proc").iterdir() if folder.name.isdigit()]
+    threads = []
+    for process in processes:
+        with suppress(ProcessLookupError):
+            if os.getpgid(int(process.name)) == group:
+                threads += [int(folder.name) for folder in (process / "task").iterdir()]
+    return threads
+
+
+def _move(thread: int, processors: set[int]) -> None:
+    with suppress(ProcessLookupError):  # it has ended
+        os.sched_setaffinity(thread, processors)
+
+
+def _ask_at_once(server: Server, questions: dict[str, tuple[str, int, int]]) -> dict[str, float]:
+    """Name -> when its answer came; a question is a model, a number of prompts, tokens for each."""
+    with ExitStack() as opened:
+        sockets = {}
+        for name in questions:
+            own = socket.create_connection(("127.0.0.1", server.process.port), timeout=_PATIENCE_S)
+            note_arrivals(opened.enter_context(own))
+            sockets[name] = own
+        for name, (model, prompts, length) in questions.items():
+            sockets[name].sendall(_request(model, prompts, length))
+        return {name: _answered_at(own, questions[name][1]) for name, own in sockets.items()}
+
+
+def _request(model: str, prompts: int, length: int) -> bytes:
+    asked = {"model": model, "prompt": [QUESTION] * prompts, "max_tokens": length, "ignore_eos": True}
+    body = json.dumps(asked).encode()
+    head = ["POST /v1/completions HTTP/1.1", "Host: 127.0.0.1", f"Authorization: Bearer {KEY}"]
+    head += ["Content-Type: application/json", f"Content-Length: {len(body)}", "Connection: close", "", ""]
+    return "\r\n".join(head).encode() + body
+
+
+def _answered_at(own: socket.socket, prompts: int) -> float:
+    data, at = b"", 0.0
+    while True:
+        piece, arrived_s = receive(own, 1 << 20)
+        if not piece:
+            break
+        data, at = data + piece, arrived_s
+    head, _, body = data.partition(b"\r\n\r\n")
+    assert head.startswith(b"HTTP/1.1 200"), data
+    assert len(json.loads(body)["choices"]) == prompts
+    return at
