@@ -69,24 +69,32 @@ def test_every_request_is_sent_once_and_tokens_are_the_servers(serve: Serve) -> 
 
 
 def test_a_closed_loop_keeps_so_many_in_flight(serve: Serve) -> None:
-    run = run_load(plan(serve(lambda body: KnownAnswer(("a", "b"), 0.3)).url, 20, max_concurrency=5))
+    connected: list[int] = []
+
+    def answer(body: Mapping[str, Any]) -> KnownAnswer:
+        connected.append(len(server.connections))
+        return KnownAnswer(("a", "b"), 0.3)
+
+    server = serve(answer)
+    run = run_load(plan(server.url, 20, max_concurrency=5))
     in_flight = [
         sum(other.sent_s <= record.sent_s < other.done_s for other in run.records) for record in run.records
     ]
-    assert max(in_flight) == 5
+    assert max(in_flight) == 5, "by the client's records"
+    assert max(connected) == 5, "by what the server saw"
 
 
 def test_an_open_loop_sends_when_it_is_due_whatever_the_server_does(serve: Serve) -> None:
-    server = serve(lambda body: KnownAnswer(("a", "b"), 3.0))
+    server = serve(lambda body: KnownAnswer(("a", "b"), 1.0))
     run = run_load(plan(server.url, 20, rate=40))
-    assert all((record.lag_s or 0) > -0.001 for record in run.records), "none leaves before it is due"
+    assert all(-0.001 < (record.lag_s or 0) < 0.3 for record in run.records)
     assert max(record.sent_s for record in run.records) < min(record.done_s for record in run.records)
 
 
 def test_a_run_by_the_clock_ends_and_lets_its_requests_finish(serve: Serve) -> None:
     run = run_load(plan(serve().url, None, duration_s=0.5, max_concurrency=3))
     assert len(run.records) > 10 and run.ended_early is None and run.planned is None
-    assert all(record.error is None and record.begun_s < 0.6 for record in run.records)
+    assert all(record.error is None and record.sent_s < 0.6 for record in run.records)
 
 
 FAILURES: dict[str, tuple[KnownAnswer, str]] = {
